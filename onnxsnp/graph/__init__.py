@@ -1,0 +1,1 @@
+"""What is connected: the working graph, the axis algebra, and the groups of neurons that must be cut together."""

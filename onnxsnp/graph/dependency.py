@@ -1,0 +1,93 @@
+"""The dependency graph: which factors of which tensors are one and the same, and why.
+
+Nodes of the networkx graph are (tensor, axis, position) factors; an edge says which operator tied two of them. A
+connected component is a set of indices that can only be cut together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from onnxsnp.graph.axes import Axis, Factors, solve
+from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.rules import Facts, Freeze, gather_facts
+
+Place = tuple[str, int, int]  # (tensor, axis, position of the factor inside the axis)
+
+
+@dataclass
+class Dependencies:
+    """Result of the axis algebra on one graph.
+
+    Attributes:
+        facts: what the rules said.
+        factors: the solved factors; `atoms` of an axis are the identities used everywhere else.
+        graph: networkx graph over places, edges carry `node` (the operator that tied them).
+        places: where each factor occurs.
+        frozen: what forbids cutting a factor; factors that may be cut are absent.
+    """
+
+    facts: Facts
+    factors: Factors
+    graph: nx.Graph
+    places: dict[int, list[Place]]
+    frozen: dict[int, list[Freeze]]
+
+    def atoms(self, tensor: str, axis: int | None = None) -> tuple[int, ...]:
+        """Factors of one axis, or of all axes of a tensor in order; empty for a tensor that was never seen."""
+        if axis is not None:
+            return self.factors.atoms((tensor, axis))
+        return tuple(atom for index in range(len(self.facts.shapes[tensor])) for atom in self.atoms(tensor, index))
+
+    def size(self, atom: int) -> int:
+        return self.factors.size(atom)
+
+    def why(self, left: Place, right: Place) -> list[str]:
+        """The operators on a shortest chain of ties between two places."""
+        path = nx.shortest_path(self.graph, left, right)
+        return [self.graph.edges[a, b]["node"] for a, b in zip(path, path[1:], strict=False)]
+
+
+def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
+    """Run the rules, unify, and build the dependency graph.
+
+    Args:
+        graph: the model; it is not changed.
+        shapes: size of every tensor (see `probe`).
+    """
+    facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs)
+    used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
+    sizes: dict[Axis, int] = {(name, index): size for name in [*graph.inputs, *sorted(used)]
+                              for index, size in enumerate(shapes.get(name, ()))}
+    sizes.update(facts.virtual)
+    factors, clashes = solve(facts.ties, sizes)
+    network = nx.Graph()
+    places: dict[int, list[Place]] = {}
+    for axis in sizes:
+        for position, atom in enumerate(factors.atoms(axis)):
+            network.add_node((*axis, position), size=factors.size(atom))
+            places.setdefault(atom, []).append((*axis, position))
+    for tie in facts.ties:
+        for left, right in zip(_run(factors, tie.left), _run(factors, tie.right), strict=False):
+            network.add_edge(left, right, node=tie.node)
+    frozen: dict[int, list[Freeze]] = {}
+    for freeze in facts.freezes:
+        _note(frozen, factors.atoms(freeze.axis), freeze)
+    for clash in clashes:
+        axes = [*clash.tie.left, *clash.tie.right]
+        _note(frozen, factors.atoms(axes), Freeze(axes[0], clash.reason, clash.tie.node))
+    return Dependencies(facts, factors, network, places, frozen)
+
+
+def _run(factors: Factors, axes: Sequence[Axis]) -> list[Place]:
+    return [(*axis, position) for axis in axes for position in range(len(factors.atoms(axis)))]
+
+
+def _note(frozen: dict[int, list[Freeze]], atoms: Sequence[int], freeze: Freeze) -> None:
+    for atom in atoms:
+        held = frozen.setdefault(atom, [])
+        if freeze not in held:
+            held.append(freeze)

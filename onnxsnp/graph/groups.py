@@ -1,0 +1,224 @@
+"""Groups: sets of neurons that can be cut together, their kind, and whether the cut is legal.
+
+The kind follows from structure alone. A factor that a score product contracts is a query-key size; the one the product
+after the softmax keeps is a value size; the factor that goes with both in every tensor is the head count; a factor tied
+by additions of two activations is the residual stream; one between two projections is an FFN width, and between two
+convolutions a channel count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from onnx import NodeProto
+
+from onnxsnp.graph.attention import Site, Unrecognised, find_sites
+from onnxsnp.graph.axes import Axis
+from onnxsnp.graph.dependency import Dependencies, Place
+from onnxsnp.graph.ir import Graph
+
+KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neurons that are cut together.
+
+    Attributes:
+        id: stable name, such as `qk.3` or `residual`.
+        kind: one of `KINDS`.
+        size: number of indices (per head, where there are heads).
+        heads: number of heads the indices are counted in; 1 outside attention.
+        atom: the factor, for `Dependencies`.
+        head_atoms: factors over which indices may be chosen independently, major first.
+        places: where the factor occurs in weights.
+        producers: weight axes that emit the neurons; consumers: weight axes that contract them.
+        site: index of the attention site it belongs to.
+        reasons: why it must not be cut; empty if it may be.
+    """
+
+    id: str
+    kind: str
+    size: int
+    heads: int
+    atom: int
+    head_atoms: tuple[int, ...]
+    places: tuple[Place, ...]
+    producers: tuple[Axis, ...]
+    consumers: tuple[Axis, ...]
+    site: int | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def prunable(self) -> bool:
+        return not self.reasons
+
+
+@dataclass
+class Structure:
+    """Everything the analysis found in one graph."""
+
+    dependencies: Dependencies
+    sites: list[Site]
+    groups: list[Group]
+    skipped: list[Unrecognised] = field(default_factory=list)
+
+    def group(self, kind: str, site: int) -> Group | None:
+        """The group of one kind at one attention site."""
+        return next((group for group in self.groups if group.kind == kind and group.site == site), None)
+
+
+def find_groups(graph: Graph, dependencies: Dependencies) -> Structure:
+    """Sort the factors of a graph into groups."""
+    sites, unknown = find_sites(graph, dependencies)
+    finder = _Finder(graph, dependencies, sites)
+    groups = finder.run()
+    skipped = list(unknown) + finder.skipped
+    return Structure(dependencies, sites, groups, skipped)
+
+
+class _Finder:
+    """Holds the lookups that the classification of every factor needs."""
+
+    def __init__(self, graph: Graph, dependencies: Dependencies, sites: Sequence[Site]) -> None:
+        self.graph, self.deps, self.sites = graph, dependencies, sites
+        facts = dependencies.facts
+        self.producers = self._by_atom([role.axis for role in facts.roles if role.kind == "producer"])
+        self.consumers = self._by_atom([role.axis for role in facts.roles if role.kind == "consumer"])
+        self.joined = self._joined()
+        self.statistics: dict[int, str] = {}
+        for role in facts.statistics:
+            for atom in dependencies.atoms(*role.axis):
+                self.statistics.setdefault(atom, role.node)
+        self.convolved = {axis for node in graph.nodes if node.op_type == "Conv"
+                          for axis in ((node.input[1], 0), (node.input[1], 1))}
+        self.skipped: list[Unrecognised] = []
+
+    def _by_atom(self, axes: Sequence[Axis]) -> dict[int, list[Axis]]:
+        found: dict[int, list[Axis]] = {}
+        for axis in axes:
+            for atom in self.deps.atoms(*axis):
+                if axis not in found.setdefault(atom, []):
+                    found[atom].append(axis)
+        return found
+
+    def _joined(self) -> set[int]:
+        """Factors of additions whose operands come from different layers (x + 0.04·x³ inside a GELU is no residual)."""
+        made = self.graph.producers()
+        joined: set[int] = set()
+        for operands in self.deps.facts.joins:
+            for atom in set(self._tensor_atoms(operands[0])).intersection(*map(self._tensor_atoms, operands[1:])):
+                if len({self._sources(name, atom, made) for name in operands}) > 1:
+                    joined.add(atom)
+        return joined
+
+    def _sources(self, tensor: str, atom: int, made: dict[str, NodeProto]) -> frozenset[str]:
+        """The nodes where a factor first appears on the way to a tensor."""
+        stack, seen, found = [tensor], set(), set()
+        while stack:
+            node = made.get(stack.pop())
+            if node is None or node.name in seen:
+                continue
+            seen.add(node.name)
+            carriers = [name for name in node.input if name in made and atom in self._tensor_atoms(name)]
+            stack.extend(carriers)
+            if not carriers:
+                found.add(node.name)
+        return frozenset(found)
+
+    def run(self) -> list[Group]:
+        order = self._graph_order()
+        groups: list[Group] = []
+        taken: set[int] = set()
+        for index, site in enumerate(self.sites):
+            groups.extend(self._site_groups(index, site, taken))
+        counts: dict[str, int] = {}
+        for atom in order:
+            if atom in taken or atom not in self.producers or self.deps.size(atom) == 1:
+                continue
+            kind = self._kind(atom)
+            if atom not in self.consumers:
+                continue  # nothing contracts it: an output such as the logits
+            index = counts.get(kind, 0)
+            counts[kind] = index + 1
+            groups.append(self._group(f"{kind}.{index}", kind, atom, None, self._common(atom)))
+        residuals = [group for group in groups if group.kind == "residual"]
+        if len(residuals) == 1:
+            only = residuals[0]
+            groups[groups.index(only)] = replace(only, id="residual")
+        return groups
+
+    def _graph_order(self) -> list[int]:
+        """Factors in the order in which the graph first computes or contracts them."""
+        seen: dict[int, None] = {}
+        for node in self.graph.nodes:
+            for name in node.input:
+                if name in self.graph.weights and name in self.deps.facts.shapes:
+                    for atom in self.deps.atoms(name):
+                        seen.setdefault(atom)
+        return list(seen)
+
+    def _kind(self, atom: int) -> str:
+        if atom in self.joined:
+            return "residual"
+        made_by = self.producers[atom]
+        return "channel" if all(axis in self.convolved for axis in made_by) else "ffn"
+
+    def _site_groups(self, index: int, site: Site, taken: set[int]) -> list[Group]:
+        groups = []
+        heads: set[int] | None = None
+        for kind, axis in (("qk", site.query), ("v", site.value)):
+            atoms = [atom for atom in self.deps.atoms(*axis) if atom in self.producers]
+            if len(atoms) != 1:
+                what = "contracted size" if kind == "qk" else "value size"
+                self.skipped.append(Unrecognised(
+                    site.score, f"{site.name}: {what} is " + ("not produced by a projection (attention over channels "
+                    "or a computed operand)" if not atoms else "several factors at once")))
+                continue
+            atom = atoms[0]
+            common = self._common(atom)
+            heads = set(common) if heads is None else heads & set(common)
+            if atom in taken:
+                self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to another site's"))
+                continue
+            taken.add(atom)
+            groups.append(self._group(f"{kind}.{index}", kind, atom, index, common))
+        for atom in sorted(heads or ()):
+            if atom in self.producers and atom not in taken:
+                taken.add(atom)
+                groups.append(self._group(f"head.{index}", "head", atom, index, ()))
+        return groups
+
+    def _common(self, atom: int) -> tuple[int, ...]:
+        """Factors present in every tensor that has `atom`, in the order of the first producing weight."""
+        common: set[int] | None = None
+        for tensor in {place[0] for place in self.deps.places[atom]}:
+            here = self._tensor_atoms(tensor)
+            common = here if common is None else common & here
+        common = (common or set()) - {atom}
+        weight, axis = self.producers[atom][0]
+        return tuple(other for other in self.deps.atoms(weight, axis) if other in common)
+
+    def _tensor_atoms(self, tensor: str) -> set[int]:
+        if tensor in self.deps.facts.shapes:
+            return set(self.deps.atoms(tensor))
+        return {atom for axis in self.deps.facts.virtual if axis[0] == tensor for atom in self.deps.atoms(*axis)}
+
+    def _group(self, name: str, kind: str, atom: int, site: int | None, heads: tuple[int, ...]) -> Group:
+        count = 1
+        for head in heads:
+            count *= self.deps.size(head)
+        weights = tuple(place for place in self.deps.places[atom] if place[0] in self.graph.weights)
+        return Group(name, kind, self.deps.size(atom), count, atom, heads, weights, tuple(self.producers.get(atom, ())),
+                     tuple(self.consumers.get(atom, ())), site, tuple(self._reasons(kind, atom)))
+
+    def _reasons(self, kind: str, atom: int) -> list[str]:
+        reasons = list(dict.fromkeys(f"{freeze.reason} (at {freeze.node})" for freeze in self.deps.frozen.get(atom, [])))
+        if kind != "residual" and atom in self.statistics:
+            reasons.append(f"a normalisation runs over it (at {self.statistics[atom]})")
+        for tensor in {place[0] for place in self.deps.places[atom]}:
+            spots = [place for place in self.deps.places[atom] if place[0] == tensor]
+            if len(spots) > 1 and (tensor not in self.graph.weights or len({spot[1] for spot in spots}) < len(spots)):
+                reasons.append(f"occurs twice in tensor '{tensor}'")
+        return reasons

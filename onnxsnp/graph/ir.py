@@ -1,0 +1,249 @@
+"""The working graph: nodes, and weights as numpy arrays that every session and every copy shares.
+
+onnx protobufs hold weights as bytes inside the nodes' message, so each copy of a model copies its weights. Pruning needs
+several variants of one model at a time (measured, masked, cut), so here the weights stand beside the nodes: copies of a
+`Graph` share them, and `session` hands them to onnxruntime without a second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper, numpy_helper
+
+from onnxsnp.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_SHARED_BYTES = 1024  # smaller weights travel inside the proto: shape inference needs the values of shape constants
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight that is `source` restricted to `indices` of `axis`."""
+
+    source: str
+    axis: int
+    indices: np.ndarray
+
+
+@dataclass
+class Graph:
+    """A model's top-level graph.
+
+    Attributes:
+        shell: the model without its nodes and weights: inputs, outputs, opset imports, metadata.
+        nodes: in topological order; every node has a unique, non-empty name.
+        weights: constant tensors by name (initializers and what Constant nodes held).
+        origin: for a weight that was renamed when it stopped being shared, the name it had in the file.
+        parts: for a weight that was taken out of a packed one, which part of which weight it is.
+    """
+
+    shell: onnx.ModelProto
+    nodes: list[NodeProto]
+    weights: dict[str, np.ndarray]
+    origin: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def copy(self) -> Graph:
+        """A graph with nodes of its own and the same weight arrays."""
+        nodes = []
+        for node in self.nodes:
+            clone = NodeProto()
+            clone.CopyFrom(node)
+            nodes.append(clone)
+        return Graph(self.shell, nodes, dict(self.weights), dict(self.origin), dict(self.parts))
+
+    @property
+    def inputs(self) -> list[str]:
+        return [value.name for value in self.shell.graph.input]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [value.name for value in self.shell.graph.output]
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set (0 if it is not imported)."""
+        return next((entry.version for entry in self.shell.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+    def producers(self) -> dict[str, NodeProto]:
+        """The node that computes each tensor."""
+        return {name: node for node in self.nodes for name in node.output if name}
+
+    def readers(self) -> dict[str, list[tuple[NodeProto, int]]]:
+        """Who reads each tensor: (node, input slot); slot -1 stands for a read from inside a node's subgraph."""
+        found: dict[str, list[tuple[NodeProto, int]]] = {}
+        for node in self.nodes:
+            for slot, name in enumerate(node.input):
+                if name:
+                    found.setdefault(name, []).append((node, slot))
+            for name in subgraph_reads(node):
+                found.setdefault(name, []).append((node, -1))
+        return found
+
+    def names(self) -> set[str]:
+        """Every tensor and node name in use."""
+        used = set(self.weights) | set(self.inputs) | set(self.outputs)
+        for node in self.nodes:
+            used.add(node.name)
+            used.update(node.output)
+        return used
+
+    def drop_dead(self) -> None:
+        """Remove nodes and weights that no output depends on."""
+        needed = set(self.outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if any(name in needed for name in node.output):
+                kept.append(node)
+                needed.update(node.input)
+                needed.update(subgraph_reads(node))
+        self.nodes = kept[::-1]
+        self.weights = {name: array for name, array in self.weights.items() if name in needed}
+        self.origin = {name: source for name, source in self.origin.items() if name in self.weights}
+        self.parts = {name: part for name, part in self.parts.items() if name in self.weights}
+
+    def to_proto(self) -> onnx.ModelProto:
+        """A complete model with the weights inside."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.shell)
+        model.graph.node.extend(self.nodes)
+        for name, array in self.weights.items():
+            model.graph.initializer.append(to_tensor(array, name))
+        return model
+
+    def session(self, outputs: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu",
+                optimize: bool = True) -> ort.InferenceSession:
+        """Open an onnxruntime session on this graph; the weights are shared with it, not copied into the proto.
+
+        Args:
+            outputs: tensor names to return instead of the model's own outputs.
+            optimize: False keeps every tensor of the graph as it is written (no fusion).
+
+        Raises:
+            ModelError: onnxruntime refuses the graph.
+        """
+        import onnxruntime as ort
+
+        from onnxsnp.runtime import open_session
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.shell)
+        model.graph.node.extend(self.nodes)
+        if outputs is not None:
+            del model.graph.output[:]
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        shared: dict[str, Any] = {}
+        for name, array in self.weights.items():
+            if array.nbytes < _SHARED_BYTES or array.dtype.kind not in "fiub":
+                model.graph.initializer.append(to_tensor(array, name))
+            else:
+                model.graph.initializer.append(_external(name, array))
+                shared[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+        return open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize,
+                            weights=shared)
+
+
+def subgraph_reads(node: NodeProto) -> list[str]:
+    """Names a node reads from the enclosing graph inside its subgraphs (If, Loop, Scan)."""
+    reads: list[str] = []
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+            local = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            for inner in graph.node:
+                reads.extend(name for name in [*inner.input, *subgraph_reads(inner)] if name and name not in local)
+                local.update(inner.output)
+            reads.extend(value.name for value in graph.output if value.name not in local)
+    return reads
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of a node's attribute, or `default` where it is not set."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return helper.get_attribute_value(entry)
+    return default
+
+
+def set_attribute(node: NodeProto, name: str, value: Any) -> None:
+    """Set or replace a node's attribute."""
+    for index, entry in enumerate(node.attribute):
+        if entry.name == name:
+            del node.attribute[index]
+            break
+    node.attribute.append(helper.make_attribute(name, value))
+
+
+def to_tensor(array: np.ndarray, name: str) -> onnx.TensorProto:
+    """An initializer that holds the array's values."""
+    return numpy_helper.from_array(np.asarray(array, order="C"), name)
+
+
+def _external(name: str, array: np.ndarray) -> onnx.TensorProto:
+    """A placeholder that makes onnxruntime take the values it is handed in memory."""
+    tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights in memory"), ("offset", "0"), ("length", str(array.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+class Namer:
+    """Hands out tensor and node names that are not in use in a graph."""
+
+    def __init__(self, used: Iterable[str]) -> None:
+        self._used = set(used)
+
+    def __call__(self, wish: str) -> str:
+        name, count = wish, 1
+        while name in self._used or not name:
+            count += 1
+            name = f"{wish}.{count}"
+        self._used.add(name)
+        return name
+
+
+def topological(nodes: Sequence[NodeProto], known: Iterable[str]) -> list[NodeProto]:
+    """The nodes in an order in which each reads only what is known or computed before.
+
+    Raises:
+        ModelError: a cycle, or a tensor that nothing computes.
+    """
+    ready = set(known) | {""}
+    waiting: dict[int, set[str]] = {}
+    readers: dict[str, list[int]] = {}
+    order: list[NodeProto] = []
+    stack: list[int] = []
+    for index, node in enumerate(nodes):
+        missing = {name for name in [*node.input, *subgraph_reads(node)] if name not in ready}
+        waiting[index] = missing
+        for name in missing:
+            readers.setdefault(name, []).append(index)
+        if not missing:
+            stack.append(index)
+    stack.reverse()
+    while stack:
+        index = stack.pop()
+        order.append(nodes[index])
+        freed = []
+        for name in nodes[index].output:
+            for reader in readers.get(name, []):
+                waiting[reader].discard(name)
+                if not waiting[reader]:
+                    freed.append(reader)
+            readers.pop(name, None)
+        stack.extend(sorted(set(freed), reverse=True))
+    if len(order) < len(nodes):
+        done = {id(node) for node in order}
+        stuck = next(node for node in nodes if id(node) not in done)
+        raise ModelError("the graph has a cycle, or reads a tensor that nothing computes",
+                         node=stuck.name or stuck.op_type)
+    return order
+
+

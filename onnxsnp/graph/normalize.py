@@ -1,0 +1,204 @@
+"""Bring a loaded model into the one form the analysis reads, without changing what it computes.
+
+In order: local functions are inlined, Constant nodes and aliases become weights, every use of a weight gets a name of
+its own, constant subgraphs and values that follow from static sizes are replaced by what they evaluate to (this freezes
+softmax scales that an exporter recomputes from the head size), Reshape targets become constants where the sizes allow,
+and projections that several selections read parts of are taken apart (`onnxsnp.surgery.unpack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper, numpy_helper
+
+from onnxsnp.errors import ModelError
+from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
+from onnxsnp.graph.probe import Probe, probe
+from onnxsnp.model import Model
+
+_SMALL = 1024  # elements; a folded value larger than this must not be larger than what it was computed from
+
+
+@dataclass
+class Normalized:
+    """Two equivalent forms of one model.
+
+    Attributes:
+        base: nodes as exported, except that constants are folded and weights are not shared; masks are applied here.
+        graph: the form that is analysed and cut.
+        shapes: sizes of every tensor of `graph`, at batch 2 where the batch is dynamic.
+        single: the same at batch 1.
+        dynamic: which axes follow a symbolic input size.
+    """
+
+    base: Graph
+    graph: Graph
+    shapes: dict[str, tuple[int, ...]]
+    single: dict[str, tuple[int, ...]]
+    dynamic: dict[str, tuple[bool, ...]]
+
+
+def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) -> Normalized:
+    """Normalise a model (projections are left packed; see `onnxsnp.surgery.unpack.unpack`).
+
+    Args:
+        sizes: full input shapes by input name where symbolic sizes cannot be guessed.
+
+    Raises:
+        ModelError: the graph is cyclic, or the model cannot be run.
+    """
+    base = as_graph(model)
+    measured = probe(base, sizes)
+    _fold(base, measured.constant)
+    unshare(base)
+    graph = base.copy()
+    _fold(graph, measured.invariant)
+    unshare(graph)
+    shapes = {**measured.shapes, **{name: array.shape for name, array in graph.weights.items()}}
+    single = {**measured.single, **{name: array.shape for name, array in graph.weights.items()}}
+    dynamic = {**measured.dynamic, **{name: (False,) * array.ndim for name, array in graph.weights.items()}}
+    _fix_reshapes(graph, measured)
+    _fix_attention_scale(graph, shapes)
+    graph.drop_dead()
+    for name, array in graph.weights.items():
+        shapes[name] = single[name] = array.shape
+        dynamic[name] = (False,) * array.ndim
+    return Normalized(base, graph, shapes, single, dynamic)
+
+
+def as_graph(model: Model) -> Graph:
+    """The model as a `Graph` with inlined functions, named nodes, and constants as weights."""
+    proto = model.proto
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    shell = onnx.ModelProto()
+    shell.CopyFrom(proto)
+    nodes = list(shell.graph.node)
+    weights = dict(model.weights)
+    del shell.graph.node[:]
+    del shell.graph.value_info[:]
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    del shell.graph.input[:]
+    shell.graph.input.extend(inputs)  # initializers listed as inputs are constants to us
+    nodes, alias = _collect_constants(nodes, weights, {value.name for value in proto.graph.output})
+    for node in nodes:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = alias.get(name, name)
+    nodes = topological(nodes, [*weights, *(value.name for value in inputs)])
+    graph = Graph(shell, nodes, weights)
+    namer = Namer(set())
+    for node in nodes:
+        node.name = namer(node.name or node.op_type)
+    missing = [name for name in graph.outputs
+               if name not in graph.producers() and name not in weights and name not in graph.inputs]
+    if missing:
+        raise ModelError(f"nothing computes the model's output '{missing[0]}'", hint="export the model again")
+    graph.drop_dead()
+    return graph
+
+
+def _collect_constants(nodes: Sequence[NodeProto], weights: dict[str, np.ndarray],
+                       outputs: set[str]) -> tuple[list[NodeProto], dict[str, str]]:
+    """Move Constant values to the weights and resolve Identity aliases of weights."""
+    kept, alias = [], {}
+    captured = {name for node in nodes for name in subgraph_reads(node)}
+    for node in nodes:
+        if node.op_type == "Constant" and node.output[0] not in outputs:
+            weights[node.output[0]] = _constant_value(node)
+        elif (node.op_type == "Identity" and alias.get(node.input[0], node.input[0]) in weights
+              and node.output[0] not in outputs and node.output[0] not in captured):
+            alias[node.output[0]] = alias.get(node.input[0], node.input[0])
+        else:
+            kept.append(node)
+    return kept, alias
+
+
+def _constant_value(node: NodeProto) -> np.ndarray:
+    for entry in node.attribute:
+        value = helper.get_attribute_value(entry)
+        if entry.name == "value":
+            return numpy_helper.to_array(value)
+        if entry.name in ("value_float", "value_floats"):
+            return np.asarray(value, np.float32)
+        if entry.name in ("value_int", "value_ints"):
+            return np.asarray(value, np.int64)
+    raise ModelError("a Constant holds a value of an unsupported type", node=node.name)
+
+
+def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
+    """Replace tensors by their known values, unless that would make the file larger."""
+    produced = graph.producers()
+    for name, value in values.items():
+        node = produced.get(name)
+        if node is None or name in graph.outputs:
+            continue
+        held = sum(graph.weights[source].size for source in node.input if source in graph.weights)
+        if value.size > max(_SMALL, held):
+            continue
+        graph.weights[name] = value
+        kept = [output for output in node.output if output not in graph.weights and output]
+        if not kept:
+            graph.nodes.remove(node)
+        else:
+            node.output[list(node.output).index(name)] = ""
+    graph.drop_dead()
+
+
+def unshare(graph: Graph) -> None:
+    """Give every use of a weight its own name; the arrays stay shared in memory."""
+    namer = Namer(graph.names())
+    seen: set[str] = set(graph.outputs)
+    captured = {name for node in graph.nodes for name in subgraph_reads(node)}
+    seen |= captured
+    for node in graph.nodes:
+        for slot, name in enumerate(node.input):
+            if name not in graph.weights:
+                continue
+            if name in seen:
+                own = namer(f"{graph.origin.get(name, name)}.{slot}@{node.name}")
+                graph.weights[own] = graph.weights[name]
+                graph.origin[own] = graph.origin.get(name, name)
+                node.input[slot] = own
+            seen.add(name)
+
+
+def _fix_reshapes(graph: Graph, measured: Probe) -> None:
+    """Write Reshape targets as constants: static sizes in full, one -1 where a size is dynamic."""
+    namer = Namer(graph.names())
+    for node in graph.nodes:
+        if node.op_type != "Reshape" or node.output[0] not in measured.shapes:
+            continue
+        source, target = node.input[0], node.output[0]
+        if source not in measured.shapes:
+            continue
+        sizes = [-1 if moving else size for size, moving in
+                 zip(measured.shapes[target], measured.dynamic[target], strict=True)]
+        if sizes.count(-1) > 1:
+            before = measured.shapes[source], measured.dynamic[source]
+            for axis in range(min(len(sizes), len(before[0]))):
+                same = all(moving == other for moving, other in
+                           zip(measured.dynamic[target][:axis + 1], before[1], strict=False))
+                if sizes[axis] == -1 and before[1][axis] and same and before[0][axis] == measured.shapes[target][axis]:
+                    sizes[axis] = 0
+        if sizes.count(-1) > 1 or 0 in measured.shapes[target]:
+            continue
+        name = namer(f"{node.name}.shape")
+        graph.weights[name] = np.asarray(sizes, np.int64)
+        node.input[1] = name
+        if 0 in sizes:
+            set_attribute(node, "allowzero", 0)
+
+
+def _fix_attention_scale(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Spell out the scale that Attention otherwise derives from the head size at run time."""
+    for node in graph.nodes:
+        if node.op_type != "Attention" or node.domain not in ("", "ai.onnx") or attribute(node, "scale") is not None:
+            continue
+        shape = shapes.get(node.input[0])
+        if shape is not None:
+            head = shape[3] if len(shape) == 4 else shape[2] // int(attribute(node, "q_num_heads", 1))
+            set_attribute(node, "scale", float(head) ** -0.5)

@@ -1,0 +1,184 @@
+"""Shapes and shape-derived values, measured by running the model instead of guessed by inference.
+
+Exporters hide sizes in chains of Shape, Gather and Concat that symbolic inference often loses. A run never does: the
+graph is run once per assignment of its symbolic sizes, each tensor's shape comes back, and a size that stayed the same
+while every symbolic size changed is static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxsnp.errors import ModelError
+from onnxsnp.graph.ir import Graph, subgraph_reads
+
+_SHAPE_OPS = {"Shape", "Size"}
+_RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+_IMAGE, _SEQUENCE = 224, 16
+
+
+@dataclass
+class Probe:
+    """What the runs showed.
+
+    Attributes:
+        shapes: sizes of each tensor in the first run (batch 2 where the batch is dynamic).
+        dynamic: for each tensor, which axes changed with the symbolic sizes.
+        single: sizes at batch 1, other symbolic sizes as in the first run.
+        constant: values of tensors that depend only on weights.
+        invariant: values of tensors that depend on weights and on tensors' shapes, and were equal in every run.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dynamic: dict[str, tuple[bool, ...]]
+    single: dict[str, tuple[int, ...]]
+    constant: dict[str, np.ndarray]
+    invariant: dict[str, np.ndarray]
+
+
+def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Probe:
+    """Run the graph at a few input sizes and collect every tensor's shape.
+
+    Args:
+        graph: the model.
+        sizes: full input shapes by input name, for inputs whose symbolic sizes cannot be guessed.
+
+    Raises:
+        ModelError: onnxruntime cannot run the model.
+    """
+    constant, derived = _derived(graph)
+    typed = _tensor_names(graph)
+    computed = [name for node in graph.nodes for name in node.output if name in typed]
+    values = [name for name in computed if name in constant or name in derived]
+    frontier = _frontier(graph, values)
+    instrumented = graph.copy()
+    for index, name in enumerate(computed):
+        instrumented.nodes.append(helper.make_node("Shape", [name], [f"{_TAG}{index}"], name=f"{_TAG}{index}"))
+    wanted = [f"{_TAG}{index}" for index in range(len(computed))] + frontier
+    session = instrumented.session(wanted, optimize=False)
+    runs = []
+    for shapes in _assignments(graph, sizes or {}):
+        try:
+            results = session.run(None, _feeds(graph, shapes))
+        except Exception as error:  # onnxruntime has no exception type of its own for a failed run
+            if not runs:
+                raise ModelError(f"the model does not run on inputs of shape {_brief(shapes)}: "
+                                 f"{str(error).splitlines()[0]}", hint="give its sizes with --input-shape") from error
+            continue  # sizes the model does not allow; those it was first run with stand
+        measured = {name: tuple(int(size) for size in shape) for name, shape in zip(computed, results, strict=False)}
+        measured.update({name: tuple(shape) for name, shape in shapes.items()})
+        runs.append((measured, dict(zip(frontier, results[len(computed):], strict=True))))
+    return _compare(graph, runs, constant)
+
+
+_TAG = "onnxsnp shape "
+
+
+def _derived(graph: Graph) -> tuple[set[str], set[str]]:
+    """Names that depend on weights alone, and names that depend on weights and shapes alone."""
+    constant, derived = set(graph.weights), set(graph.weights)
+    for node in graph.nodes:
+        if node.op_type in _RANDOM_OPS:
+            continue
+        reads = [name for name in node.input if name] + subgraph_reads(node)
+        if all(name in constant for name in reads):
+            constant.update(node.output)
+        if node.op_type in _SHAPE_OPS or all(name in derived for name in reads):
+            derived.update(node.output)
+    return constant, derived - constant
+
+
+def _frontier(graph: Graph, names: Sequence[str]) -> list[str]:
+    """Those of the derived tensors that a node outside the derived part reads."""
+    inside = set(names)
+    read = {name for node in graph.nodes if not all(out in inside for out in node.output if out)
+            for name in node.input}
+    return [name for name in names if name in read]
+
+
+def _tensor_names(graph: Graph) -> set[str]:
+    """Outputs that are tensors (not sequences or optionals), as far as type inference can tell."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.shell)
+    model.graph.node.extend(graph.nodes)
+    for name, array in graph.weights.items():
+        model.graph.input.append(helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+    inferred = onnx.shape_inference.infer_shapes(model)
+    other = {value.name for value in inferred.graph.value_info if value.type.WhichOneof("value") != "tensor_type"}
+    return {name for node in graph.nodes for name in node.output if name and name not in other}
+
+
+def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[int, ...]]]:
+    """Input shapes to run with: two or three that differ in every symbolic size, or one if none is symbolic."""
+    first: dict[str, int] = {}
+    shapes: list[dict[str, tuple[int, ...]]] = [{}, {}, {}]
+    for value in graph.shell.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        given = sizes.get(value.name)
+        if given is not None and len(given) != len(dims):
+            raise ModelError(f"--input-shape gives '{value.name}' {len(given)} sizes, the model's input has {len(dims)}")
+        for run in range(3):
+            found = []
+            for axis, dim in enumerate(dims):
+                if dim.HasField("dim_value") and dim.dim_value > 0:
+                    found.append(dim.dim_value)
+                elif axis == 0:
+                    found.append((2, 3, 1)[run])
+                else:
+                    key = dim.dim_param or f"{value.name}.{axis}"
+                    base = int(given[axis]) if given is not None else _IMAGE if len(dims) == 4 else _SEQUENCE
+                    start = first.setdefault(key, base)
+                    found.append(start + (0, 32 if len(dims) == 4 else 8, 0)[run])
+            shapes[run][value.name] = tuple(found)
+    if shapes[0] == shapes[1]:
+        return shapes[:1]
+    if all(shapes[0][name][1:] == shapes[1][name][1:] for name in shapes[0]):
+        return shapes
+    # sizes beyond the batch are symbolic too; a model may allow only one of them, so vary the batch alone as well
+    batch_only = {name: (shapes[1][name][0], *shape[1:]) for name, shape in shapes[0].items()}
+    return [shapes[0], batch_only, shapes[1], shapes[2]]
+
+
+def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for value in graph.shell.graph.input:
+        elem = value.type.tensor_type.elem_type
+        if elem in (TensorProto.UNDEFINED, TensorProto.STRING):
+            raise ModelError(f"input '{value.name}' is not a numeric tensor", hint="only tensor inputs are supported")
+        dtype = helper.tensor_dtype_to_np_dtype(elem)
+        shape = shapes[value.name]
+        if int(np.prod(shape, dtype=np.int64)) > 2**30:
+            raise ModelError(f"input '{value.name}' declares {shape}, too large to run",
+                             hint="give its sizes with --input-shape")
+        whole = np.dtype(dtype).kind in "iub"
+        feeds[value.name] = np.ones(shape, dtype) if whole else rng.standard_normal(shape).astype(dtype)
+    return feeds
+
+
+def _compare(graph: Graph, runs: Sequence[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]],
+             constant: set[str]) -> Probe:
+    shapes, values = runs[0]
+    dynamic = {}
+    for name, shape in shapes.items():
+        others = [run[0][name] for run in runs[1:]]
+        dynamic[name] = tuple(any(len(other) != len(shape) or other[axis] != size for other in others)
+                              for axis, size in enumerate(shape))
+    shapes = {**shapes, **{name: array.shape for name, array in graph.weights.items()}}
+    dynamic.update({name: (False,) * array.ndim for name, array in graph.weights.items()})
+    single = {**(runs[-1][0] if len(runs) > 1 else shapes), **{n: a.shape for n, a in graph.weights.items()}}
+    fixed = {name: value for name, value in values.items()
+             if isinstance(value, np.ndarray)
+             and all(np.array_equal(value, run[1][name], equal_nan=value.dtype.kind == "f") for run in runs[1:])}
+    return Probe(shapes, dynamic, single, {name: value for name, value in fixed.items() if name in constant},
+                 {name: value for name, value in fixed.items() if name not in constant})
+
+
+def _brief(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())

@@ -1,0 +1,1 @@
+"""The cut: weights, shape constants and attributes rewritten for the neurons that stay."""

@@ -1,0 +1,230 @@
+"""Cut factors out of a graph: slice every weight they occur in and correct the sizes operators were told.
+
+All of it follows from the axis algebra. A weight is viewed with one dimension per factor, the kept indices are taken
+along the cut factor (per head where indices are chosen per head), and the dimensions are joined back into axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.ir import Graph, Namer, set_attribute
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep only some indices of one factor.
+
+    Attributes:
+        atom: the factor.
+        head_atoms: factors over which the kept indices differ, major first; empty if they do not.
+        keep: [product of the head factors' sizes, kept] ascending indices; the first axis is 1 without head factors.
+    """
+
+    atom: int
+    head_atoms: tuple[int, ...]
+    keep: np.ndarray
+
+
+def in_order(cuts: Sequence[Cut]) -> list[Cut]:
+    """Cuts in the order in which they must be applied: sizes inside heads before the heads themselves."""
+    heads = {head for cut in cuts for head in cut.head_atoms}
+    return sorted(cuts, key=lambda cut: cut.atom in heads)
+
+
+def cut_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int],
+              cuts: Sequence[Cut]) -> np.ndarray:
+    """The entries of a weight that stay.
+
+    Args:
+        array: the weight.
+        axes: the factors of each of its axes, major first.
+        size: size of a factor before the cut.
+    """
+    labels, view = _by_factor(array, axes, size)
+    for cut in in_order(cuts):
+        for position in [index for index, label in enumerate(labels) if label == cut.atom]:
+            view = np.take_along_axis(view, _index(labels, view.shape, cut, position), axis=position)
+    return view.reshape(_joined(view.shape, axes))
+
+
+def mask_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int],
+               cuts: Sequence[Cut]) -> np.ndarray:
+    """The weight in its original shape, with zeros where `cut_array` would take entries away."""
+    labels, view = _by_factor(array, axes, size)
+    for cut in cuts:
+        for position in [index for index, label in enumerate(labels) if label == cut.atom]:
+            index = _index(labels, view.shape, cut, position)
+            kept = np.zeros([n if axis != position else view.shape[axis] for axis, n in enumerate(index.shape)], bool)
+            np.put_along_axis(kept, index, True, axis=position)
+            view = np.where(kept, view, np.zeros((), view.dtype))
+    return view.reshape(array.shape)
+
+
+def _by_factor(array: np.ndarray, axes: Sequence[tuple[int, ...]],
+               size: Callable[[int], int]) -> tuple[list[int | None], np.ndarray]:
+    """The array with one dimension per factor (an axis of size 1 keeps a dimension without a label)."""
+    labels: list[int | None] = []
+    shape: list[int] = []
+    for axis, atoms in enumerate(axes):
+        labels.extend(atoms or (None,))
+        shape.extend([size(atom) for atom in atoms] or [array.shape[axis]])
+    return labels, np.asarray(array).reshape(shape)
+
+
+def _index(labels: Sequence[int | None], shape: Sequence[int], cut: Cut, position: int) -> np.ndarray:
+    """Kept indices shaped for take_along_axis: the head dimensions and the cut one, 1 elsewhere."""
+    if not cut.head_atoms:
+        return cut.keep[0].reshape([-1 if axis == position else 1 for axis in range(len(shape))])
+    places = [labels.index(head) for head in cut.head_atoms]
+    keep = cut.keep.reshape([shape[place] for place in places] + [cut.keep.shape[1]])
+    order = sorted(range(len(places)), key=places.__getitem__)
+    before = sum(places[item] < position for item in order)
+    sequence = order[:before] + [len(places)] + order[before:]
+    target = [shape[axis] if axis in places else cut.keep.shape[1] if axis == position else 1
+              for axis in range(len(shape))]
+    return keep.transpose(sequence).reshape(target)
+
+
+def _joined(shape: Sequence[int], axes: Sequence[tuple[int, ...]]) -> list[int]:
+    sizes, start = [], 0
+    for atoms in axes:
+        count = max(len(atoms), 1)
+        sizes.append(int(np.prod(shape[start:start + count])))
+        start += count
+    return sizes
+
+
+def weight_axes(dependencies: Dependencies, name: str) -> list[tuple[int, ...]]:
+    """The factors of each axis of a weight."""
+    return [dependencies.atoms(name, axis) for axis in range(len(dependencies.facts.shapes[name]))]
+
+
+def touched(dependencies: Dependencies, name: str, cuts: Sequence[Cut]) -> list[Cut]:
+    """Those of the cuts whose factor occurs in a tensor."""
+    if name not in dependencies.facts.shapes:
+        return []
+    atoms = set(dependencies.atoms(name))
+    return [cut for cut in cuts if cut.atom in atoms]
+
+
+def cut_graph(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut],
+              updates: Mapping[str, np.ndarray] | None = None) -> Graph:
+    """A new graph without the cut neurons; the given one is not changed.
+
+    Args:
+        graph: the graph `dependencies` was made from.
+        cuts: what to keep of each factor.
+        updates: weights that replace the graph's own before the cut (a refit), in the original shapes.
+    """
+    reduced = graph.copy()
+    reduced.weights.update(updates or {})
+    sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
+    read = {name for node in graph.nodes for name in node.input}
+    for name in graph.weights.keys() & read:
+        mine = touched(dependencies, name, cuts)
+        if mine:
+            reduced.weights[name] = cut_array(reduced.weights[name], weight_axes(dependencies, name),
+                                              dependencies.size, mine)
+    fix_sizes(reduced, dependencies, sizes)
+    return reduced
+
+
+def fix_sizes(graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int]) -> None:
+    """Correct, in place, what operators were told about the sizes of cut factors."""
+    namer = Namer(graph.names())
+    added: list[tuple[NodeProto, list[NodeProto]]] = []
+    for node in graph.nodes:
+        if node.op_type in _FIXES and node.output[0] in dependencies.facts.shapes:
+            extra = _FIXES[node.op_type](node, graph, dependencies, sizes, namer)
+            if extra:
+                added.append((node, extra))
+    for node, extra in added:
+        at = next(index for index, other in enumerate(graph.nodes) if other is node)
+        graph.nodes[at:at] = extra
+
+
+def new_size(dependencies: Dependencies, tensor: str, axis: int, sizes: Mapping[int, int]) -> int:
+    """Size of a tensor axis after the cut."""
+    atoms = dependencies.atoms(tensor, axis)
+    if not atoms:
+        return dependencies.facts.shapes[tensor][axis]
+    return int(np.prod([sizes.get(atom, dependencies.size(atom)) for atom in atoms]))
+
+
+_Fix = Callable[[NodeProto, Graph, Dependencies, Mapping[int, int], Namer], list[NodeProto]]
+
+
+def _changed_axes(dependencies: Dependencies, tensor: str, sizes: Mapping[int, int]) -> dict[int, int]:
+    return {axis: new_size(dependencies, tensor, axis, sizes)
+            for axis in range(len(dependencies.facts.shapes[tensor]))
+            if any(atom in sizes for atom in dependencies.atoms(tensor, axis))}
+
+
+def _fix_reshape(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
+                 namer: Namer) -> list[NodeProto]:
+    changed = _changed_axes(dependencies, node.output[0], sizes)
+    return _pin(node, graph, changed, namer) if changed else []
+
+
+def _fix_expand(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
+                namer: Namer) -> list[NodeProto]:
+    shapes = dependencies.facts.shapes
+    shift = len(shapes[node.output[0]]) - len(shapes[node.input[0]])
+    changed = _changed_axes(dependencies, node.output[0], sizes)
+    for axis in changed:
+        if axis >= shift and shapes[node.input[0]][axis - shift] == shapes[node.output[0]][axis]:
+            changed[axis] = 1  # the data has the size already; 1 leaves it
+    return _pin(node, graph, changed, namer) if changed else []
+
+
+def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer) -> list[NodeProto]:
+    """Write sizes into a shape operand; where it is computed at run time, join its other parts around them."""
+    shape = node.input[1]
+    if shape in graph.weights:
+        values = np.array(graph.weights[shape], np.int64)
+        for axis, size in changed.items():
+            if values[axis] > 0:
+                values[axis] = size
+        name = namer(f"{shape}.cut")
+        graph.weights[name] = values
+        node.input[1] = name
+        return []
+    pieces, extra = [], []
+    start = 0
+    for axis in [*sorted(changed), None]:
+        stop = axis if axis is not None else 2**31 - 1
+        if stop > start:
+            bounds = []
+            for value in (start, stop):
+                bounds.append(namer(f"{node.name}.bound"))
+                graph.weights[bounds[-1]] = np.asarray([value], np.int64)
+            pieces.append(namer(f"{node.name}.sizes"))
+            extra.append(helper.make_node("Slice", [shape, *bounds], [pieces[-1]], name=pieces[-1]))
+        if axis is not None:
+            pieces.append(namer(f"{node.name}.size"))
+            graph.weights[pieces[-1]] = np.asarray([changed[axis]], np.int64)
+            start = axis + 1
+    joined = namer(f"{node.name}.shape")
+    extra.append(helper.make_node("Concat", pieces, [joined], name=joined, axis=0))
+    node.input[1] = joined
+    return extra
+
+
+def _fix_conv(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
+              namer: Namer) -> list[NodeProto]:
+    """A depthwise convolution has as many groups as channels."""
+    data = node.input[0]
+    for entry in node.attribute:
+        if entry.name == "group" and entry.i > 1 and any(atom in sizes for atom in dependencies.atoms(data, 1)):
+            set_attribute(node, "group", new_size(dependencies, data, 1, sizes))
+            break
+    return []
+
+
+_FIXES: dict[str, _Fix] = {"Reshape": _fix_reshape, "Expand": _fix_expand, "Conv": _fix_conv}
