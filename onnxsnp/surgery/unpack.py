@@ -34,11 +34,12 @@ def packed_sources(graph: Graph) -> dict[str, set[str]]:
     """For each packed weight of the file, the weights that were taken out of it."""
     found: dict[str, set[str]] = {}
     for name in graph.parts:
-        found.setdefault(_root(graph, name), set()).add(name)
+        found.setdefault(root_of(graph, name), set()).add(name)
     return found
 
 
-def _root(graph: Graph, name: str) -> str:
+def root_of(graph: Graph, name: str) -> str:
+    """The packed weight of the file that a part came from."""
     while name in graph.parts:
         name = graph.parts[name].source
     return name
@@ -56,7 +57,7 @@ def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Norma
     for _round in range(8):  # a packed axis can hold a packed axis; the rounds end when none is left
         dependencies = analyse(graph, result.shapes)
         packed = [item for item in _find(graph, dependencies)
-                  if only is None or any(_root(graph, name) in only for name in item.weights)]
+                  if only is None or any(root_of(graph, name) in only for name in item.weights)]
         if not packed:
             break
         done: set[str] = set()

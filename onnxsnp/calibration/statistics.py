@@ -1,0 +1,217 @@
+"""One pass over the calibration data with a session that computes moments itself.
+
+The instrumented copy of the model carries extra nodes for the Gram matrices of query and key (per image and head) and
+for the second moments of the inputs of projections; only these small matrices leave the session. Sums are kept in
+float64, so passes over parts of the data can be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from onnxsnp.calibration.data import Batch
+from onnxsnp.errors import DataError
+from onnxsnp.graph.attention import Site
+from onnxsnp.graph.axes import Axis
+from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.groups import Group
+from onnxsnp.graph.ir import Graph, Namer
+from onnxsnp.scoring.snp import qk_scores
+
+
+@dataclass
+class Moments:
+    """Second moments of one activation over all tokens of all images.
+
+    Attributes:
+        second: Σ xᵀx, [width, width].
+        total: Σ x, [width].
+        count: number of tokens.
+    """
+
+    second: np.ndarray
+    total: np.ndarray
+    count: int = 0
+
+    @property
+    def mean(self) -> np.ndarray:
+        """E[x], [width]."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """E[xᵀx] − E[x]ᵀE[x], [width, width]."""
+        mean = self.mean
+        return self.second / max(self.count, 1) - np.outer(mean, mean)
+
+
+@dataclass
+class Statistics:
+    """What a calibration pass measured.
+
+    Attributes:
+        qk: by group id, the scores of SNP eq. 4-6 summed over the images, [heads, size].
+        moments: by tensor name.
+        samples: images (or sequences) seen.
+    """
+
+    qk: dict[str, np.ndarray] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Names of the added outputs for one operand of a score product, and the axes its Gram is indexed by."""
+
+    gram: str
+    shape: str
+    others: tuple[Axis, ...]
+
+
+def collect(graph: Graph, dependencies: Dependencies, sites: Sequence[Site], qk_groups: Sequence[Group],
+            tensors: Iterable[str], batches: Iterable[Batch], *, rank: int | None = None, threads: int | None = None,
+            provider: str = "cpu", progress: Callable[[int], None] | None = None) -> Statistics:
+    """Run the data through the instrumented model.
+
+    Args:
+        qk_groups: query-key groups to score (each belongs to one of `sites`).
+        tensors: activations (last axis: features) whose second moments are wanted.
+        rank: components that count in eq. 6; estimated per image and head if None.
+        progress: called with the number of samples after each batch.
+
+    Raises:
+        DataError: an activation is not finite.
+    """
+    builder = _Builder(graph, dependencies)
+    pairs = []
+    for group in qk_groups:
+        site = sites[group.site or 0]
+        pairs.append((group, builder.gram(site.query, site.query_tokens), builder.gram(site.key, site.key_tokens)))
+    wanted = {name: builder.moments(name) for name in tensors}
+    result = Statistics()
+    session = builder.session(threads, provider)
+    for batch in batches:
+        values = dict(zip(builder.outputs, session.run(builder.outputs, batch.inputs), strict=True))
+        for group, query, key in pairs:
+            scores = _score(group, dependencies, values, query, key, rank, threads)
+            held = result.qk.get(group.id)
+            result.qk[group.id] = scores if held is None else held + scores
+        for name, (second, total, size) in wanted.items():
+            _add(result.moments, name, values[second], values[total], int(values[size]))
+        result.samples += batch.count
+        if progress is not None:
+            progress(result.samples)
+    return result
+
+
+def _add(moments: dict[str, Moments], name: str, second: np.ndarray, total: np.ndarray, entries: int) -> None:
+    if not np.isfinite(total).all():
+        raise DataError(f"activation '{name}' is not finite on the calibration data",
+                        hint="check the preprocessing, or the model in float32")
+    width = second.shape[0]
+    held = moments.setdefault(name, Moments(np.zeros((width, width)), np.zeros(width)))
+    held.second += second
+    held.total += total.reshape(-1)
+    held.count += entries // width
+
+
+def _score(group: Group, dependencies: Dependencies, values: dict[str, np.ndarray], query: _Operand, key: _Operand,
+           rank: int | None, threads: int | None) -> np.ndarray:
+    """SNP scores of one batch: [heads, size]."""
+    return qk_scores(_by_head(group, dependencies, values[query.gram], query), _by_head(
+        group, dependencies, values[key.gram], key), int(values[query.shape]), int(values[key.shape]), rank=rank,
+        threads=threads)
+
+
+def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand: _Operand) -> np.ndarray:
+    """Gram matrices as [images, heads, d, d], whatever axes batch and heads shared."""
+    labels: list[int | None] = []
+    shape: list[int] = []
+    for index, axis in enumerate(operand.others):
+        atoms = dependencies.factors.atoms(axis)
+        sizes = [dependencies.size(atom) for atom in atoms]
+        loose = next((at for at, atom in enumerate(atoms) if atom not in group.head_atoms), None)
+        if loose is not None:  # the batch may be larger or smaller than in the analysis; the heads are not
+            sizes[loose] = gram.shape[index] // int(np.prod(sizes[:loose] + sizes[loose + 1:]))
+        labels.extend(atoms or (None,))
+        shape.extend(sizes or [gram.shape[index]])
+    heads = [labels.index(atom) for atom in group.head_atoms]
+    images = [index for index in range(len(labels)) if index not in heads]
+    size = gram.shape[-1]
+    view = gram.reshape(*shape, size, size).transpose(*images, *heads, len(labels), len(labels) + 1)
+    return view.reshape(-1, group.heads, size, size)
+
+
+class _Builder:
+    """Adds moment nodes to a copy of a graph."""
+
+    def __init__(self, graph: Graph, dependencies: Dependencies) -> None:
+        self._graph = graph.copy()
+        self._deps = dependencies
+        self._namer = Namer(graph.names())
+        self._half = any(array.dtype.itemsize == 2 for array in graph.weights.values() if array.dtype.kind not in "iu")
+        self.outputs: list[str] = []
+
+    def session(self, threads: int | None, provider: str):  # type: ignore[no-untyped-def]
+        """A session that returns `outputs`."""
+        graph = self._graph
+        kept = Graph(graph.shell, graph.nodes, graph.weights)
+        return kept.session(self.outputs, threads=threads, provider=provider)
+
+    def gram(self, axis: Axis, tokens: Axis) -> _Operand:
+        """XᵀX over the token axis, for every index of the other axes."""
+        tensor, rank, at, token_at = self._operand(axis, tokens)
+        others = [index for index in range(rank) if index not in (at, token_at)]
+        axes = tuple(self._named_axis(axis, tokens, index, rank) for index in others)
+        rows = self._node("Transpose", [tensor], perm=[*others, token_at, at])
+        columns = self._node("Transpose", [tensor], perm=[*others, at, token_at])
+        gram = self._node("MatMul", [columns, rows])
+        count = self._node("Gather", [self._node("Shape", [tensor]), self._constant(np.asarray(token_at))])
+        self.outputs.extend([gram, count])
+        return _Operand(gram, count, axes)
+
+    def moments(self, tensor: str) -> tuple[str, str, str]:
+        """XᵀX, Σx and the number of entries of an activation with its features last."""
+        width = self._deps.facts.shapes[tensor][-1]
+        flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
+        second = self._node("Gemm", [flat, flat], transA=1)
+        ones = self._node("ReduceMean", [flat], axes=[0], keepdims=0) if self._graph.opset < 18 else self._node(
+            "ReduceMean", [flat, self._constant(np.asarray([0]))], keepdims=0)
+        size = self._node("Size", [flat])
+        rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
+        total = self._node("Mul", [ones, rows])
+        self.outputs.extend([second, total, size])
+        return second, total, size
+
+    def _operand(self, axis: Axis, tokens: Axis) -> tuple[str, int, int, int]:
+        """The tensor to read, its rank, and where in it the contracted and the token axis are."""
+        if axis in self._deps.facts.virtual:
+            name = axis[0].split("|", 1)[1]
+            heads = self._deps.facts.virtual[(axis[0], 0)]
+            shape = self._constant(np.asarray([0, 0, heads, -1]))
+            return self._node("Reshape", [self._full(name), shape]), 4, 3, 1
+        return self._full(axis[0]), len(self._deps.facts.shapes[axis[0]]), axis[1], tokens[1]
+
+    def _named_axis(self, axis: Axis, tokens: Axis, index: int, rank: int) -> Axis:
+        if axis in self._deps.facts.virtual:
+            return (axis[0], 0) if index == 2 else (tokens[0], 0)
+        return (axis[0], index)
+
+    def _full(self, tensor: str) -> str:
+        return self._node("Cast", [tensor], to=TensorProto.FLOAT) if self._half else tensor
+
+    def _constant(self, value: np.ndarray) -> str:
+        name = self._namer("onnxsnp.constant")
+        self._graph.weights[name] = value.astype(np.int64)
+        return name
+
+    def _node(self, op: str, inputs: list[str], **attributes: object) -> str:
+        name = self._namer(f"onnxsnp.{op}")
+        node: NodeProto = helper.make_node(op, inputs, [name], name=name, **attributes)
+        self._graph.nodes.append(node)
+        return name

@@ -1,0 +1,118 @@
+"""Multiply-accumulates and parameters as exact functions of the factor sizes.
+
+Every counted operator is a product of axis sizes, and every axis is a product of factors; so what a plan costs is known
+without building the model: scale each term by new / old for every cut factor it contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.ir import Graph, attribute
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product: its value now, and the factors it is made of (a factor counts as often as it occurs)."""
+
+    name: str
+    value: float
+    atoms: tuple[int, ...]
+
+
+@dataclass
+class CostModel:
+    """Cost of a graph and of every cut of it.
+
+    Attributes:
+        macs: multiply-accumulates of one sample, per operator (MatMul, Gemm, Conv, Einsum, Attention).
+        params: entries of floating-point weights, each weight of the file once; scalars (scales, constants) do not count.
+    """
+
+    macs: list[Term]
+    params: list[Term]
+    dependencies: Dependencies
+
+    def total(self, what: str, sizes: Mapping[int, int] | None = None) -> float:
+        """Cost after a cut.
+
+        Args:
+            what: "macs" or "params".
+            sizes: new size of each cut factor; the uncut cost if None.
+        """
+        terms: list[Term] = getattr(self, what)
+        if not sizes:
+            return sum(term.value for term in terms)
+        ratio = {atom: size / self.dependencies.size(atom) for atom, size in sizes.items()}
+        return sum(term.value * float(np.prod([ratio[atom] for atom in term.atoms if atom in ratio]))
+                   for term in terms)
+
+    def share(self, what: str, atom: int) -> float:
+        """Cost of everything that shrinks when a factor is cut."""
+        terms: list[Term] = getattr(self, what)
+        return sum(term.value for term in terms if atom in term.atoms)
+
+
+def cost_model(graph: Graph, dependencies: Dependencies, single: Mapping[str, tuple[int, ...]]) -> CostModel:
+    """Count a graph.
+
+    Args:
+        single: tensor sizes at batch 1.
+    """
+    macs = []
+    for node in graph.nodes:
+        for term in _node_terms(node, graph, dependencies, single):
+            macs.append(term)
+    return CostModel(macs, _parameters(graph, dependencies), dependencies)
+
+
+def _node_terms(node: NodeProto, graph: Graph, deps: Dependencies, single: Mapping[str, tuple[int, ...]]) -> list[Term]:
+    def term(output: str, extra: list[tuple[str, int]]) -> Term:
+        value = float(np.prod(single[output])) * float(np.prod([single[name][axis] for name, axis in extra]))
+        atoms = deps.atoms(output) + tuple(atom for name, axis in extra for atom in deps.atoms(name, axis))
+        return Term(node.name, value, atoms)
+
+    if any(name not in single for name in [*node.input, *node.output] if name):
+        return []
+    if node.op_type == "MatMul":
+        return [term(node.output[0], [(node.input[0], len(single[node.input[0]]) - 1)])]
+    if node.op_type == "Gemm":
+        return [term(node.output[0], [(node.input[0], 0 if attribute(node, "transA", 0) else 1)])]
+    if node.op_type == "Conv":
+        weight = node.input[1]
+        return [term(node.output[0], [(weight, axis) for axis in range(1, len(single[weight]))])]
+    if node.op_type == "Einsum":
+        terms = attribute(node, "equation", b"").decode().replace(" ", "").split("->")
+        inner = [(name, index) for name, letters in zip(node.input, terms[0].split(","), strict=True)
+                 for index, letter in enumerate(letters) if letter not in terms[-1]]
+        unique = {terms[0].split(",")[list(node.input).index(name)][index]: (name, index) for name, index in inner}
+        return [term(node.output[0], list(unique.values()))] if len(node.input) == 2 else []
+    if node.op_type == "Attention":
+        return _attention_terms(node, deps, single)
+    return []
+
+
+def _attention_terms(node: NodeProto, deps: Dependencies, single: Mapping[str, tuple[int, ...]]) -> list[Term]:
+    """Query times key, and probabilities times value: batch × query tokens × key tokens × (heads · size) each."""
+    query, key, output = node.input[0], node.input[1], node.output[0]
+    tokens = 2 if len(single[key]) == 4 else 1
+    spread = single[key][tokens]
+    return [Term(node.name, float(np.prod(single[name])) * spread, deps.atoms(name) + deps.atoms(key, tokens))
+            for name in (query, output)]
+
+
+def _parameters(graph: Graph, deps: Dependencies) -> list[Term]:
+    terms, seen = [], set()
+    for name, array in graph.weights.items():
+        source = graph.origin.get(name, name)
+        if array.dtype.kind in "iub" or array.size == 1 or source in seen or name not in deps.facts.shapes:
+            continue
+        if name not in graph.parts:
+            seen.add(source)
+        terms.append(Term(name, float(array.size), deps.atoms(name)))
+    return terms

@@ -1,0 +1,194 @@
+"""Latency of models side by side in onnxruntime.
+
+Machines drift: clocks change, other programs come and go. So the models are measured in rounds, one run of each per
+round in changing order, and the speed-up is the median of the ratios *within* the rounds, where both runs saw the same
+machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxsnp.calibration.data import open_dataset
+from onnxsnp.errors import ModelError
+from onnxsnp.runtime import InputSpec, Model, describe_model, input_specs, model_bytes, open_session, run_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one model; times are milliseconds per run (of `batch` samples).
+
+    Attributes:
+        model: path, or `the model in memory`.
+        provider, threads: what it ran on; threads None is onnxruntime's own choice.
+        batch: samples per run.
+        runs: timed runs, after the warm-up.
+        median, p90, mean, min: over the runs, ms.
+        speedup: median over the rounds of (time of the first model / time of this one); 1 for the first.
+        speedup_interval: its quartiles (25 %, 75 %).
+        bytes: size of the model file with its external data.
+    """
+
+    model: str
+    provider: str
+    threads: int | None
+    batch: int
+    runs: int
+    median: float
+    p90: float
+    mean: float
+    min: float
+    speedup: float
+    speedup_interval: tuple[float, float]
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def bench_models(
+    models: Sequence[Model],
+    *,
+    batch: int = 1,
+    runs: int = 50,
+    warmup: int = 10,
+    threads: int | None = None,
+    provider: str = "cpu",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Latency]:
+    """Time models against the first one, paired and interleaved, on generated inputs.
+
+    Args:
+        models: paths or serialized models.
+        batch: samples per run where the model leaves it open; a batch fixed in the model stays.
+        runs: timed rounds.
+        warmup: rounds before them that are not timed.
+        threads: inside one operator; None lets onnxruntime choose.
+        provider: `cpu` or `cuda`.
+        input_shapes: full shapes by input name, batch included, for dynamic sizes.
+        seed: of the inputs.
+        progress: called after each round with (rounds done, rounds in all), warm-up included.
+
+    Raises:
+        ModelError: a model cannot be opened or run, shapes do not fit, or the models fix different batches.
+    """
+    if not models:
+        raise ModelError("no model to time")
+    for name, value, least in (("batch", batch, 1), ("runs", runs, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise ModelError(f"{name} must be {least} or more, got {value}")
+    sessions = [open_session(model, threads=threads, provider=provider) for model in models]
+    feeds = [bench_inputs(input_specs(session), batch, input_shapes, seed) for session in sessions]
+    batches = [len(next(iter(feed.values()))) for feed in feeds]
+    if len(set(batches)) > 1:
+        listed = ", ".join(f"{describe_model(model)} {size}" for model, size in zip(models, batches, strict=True))
+        raise ModelError(f"the models run different batches: {listed}", hint="choose the batch that one of them fixes")
+    times = measure_rounds([_runner(*pair) for pair in zip(sessions, feeds, strict=True)], runs, warmup, progress)
+    return [
+        replace(
+            summarise(times, number),
+            model=describe_model(model),
+            provider=provider,
+            threads=threads,
+            batch=batches[number],
+            bytes=model_bytes(model),
+        )
+        for number, model in enumerate(models)
+    ]
+
+
+def bench_inputs(
+    specs: Sequence[InputSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None, seed: int
+) -> dict[str, np.ndarray]:
+    """Generated inputs for one run (pictures, ids, masks or noise; see `onnxsnp.calibration.generated`).
+
+    Raises:
+        ModelError: a shape for an input that is not there, or one that contradicts the model.
+    """
+    given = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+    unknown = sorted(set(given) - {spec.name for spec in specs})
+    if unknown:
+        known = ", ".join(spec.name for spec in specs)
+        raise ModelError(f"no input named {unknown[0]!r} to give a shape to", hint=f"the inputs are: {known}")
+    fixed = [_with_shape(spec, given[spec.name]) if spec.name in given else spec for spec in specs]
+    data = open_dataset(None, fixed, samples=_batch(fixed, batch), batch_size=batch, seed=seed, shuffle=False)
+    return next(iter(data)).inputs
+
+
+def measure_rounds(
+    runners: Sequence[Callable[[], object]],
+    runs: int,
+    warmup: int,
+    progress: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> np.ndarray:
+    """Milliseconds of every run, shape (runs, len(runners)); one run of each per round, warm-up rounds left out."""
+    times = np.empty((warmup + runs, len(runners)))
+    for number in range(warmup + runs):
+        for place in round_order(number, len(runners)):
+            start = clock()
+            runners[place]()
+            times[number, place] = 1000 * (clock() - start)
+        if progress is not None:
+            progress(number + 1, warmup + runs)
+    return times[warmup:]
+
+
+def round_order(number: int, count: int) -> list[int]:
+    """Who runs when in a round: each takes every place in turn, and every other cycle goes backwards.
+
+    So nobody always runs first or always follows the same one (whose data is still in the caches).
+    """
+    order = [(place + number) % count for place in range(count)]
+    return order[::-1] if (number // count) % 2 else order
+
+
+def summarise(times: np.ndarray, number: int) -> Latency:
+    """Statistics of one model from the times (runs, models) of all, ms; what only the caller knows is left empty."""
+    own = times[:, number]
+    ratios = times[:, 0] / own
+    low, middle, high = (float(value) for value in np.percentile(ratios, [25, 50, 75]))
+    return Latency(
+        model="",
+        provider="",
+        threads=None,
+        batch=0,
+        runs=len(own),
+        median=float(np.median(own)),
+        p90=float(np.percentile(own, 90)),
+        mean=float(own.mean()),
+        min=float(own.min()),
+        speedup=middle,
+        speedup_interval=(low, high),
+        bytes=0,
+    )
+
+
+def _runner(session: ort.InferenceSession, feed: dict[str, np.ndarray]) -> Callable[[], object]:
+    return lambda: run_session(session, feed)
+
+
+def _with_shape(spec: InputSpec, shape: tuple[int, ...]) -> InputSpec:
+    agrees = len(shape) == len(spec.shape) and all(
+        size > 0 and (not isinstance(own, int) or own == size) for own, size in zip(spec.shape, shape, strict=True)
+    )
+    if not agrees:
+        raise ModelError(f"shape {list(shape)} does not fit input {spec}")
+    return replace(spec, shape=shape)
+
+
+def _batch(specs: Sequence[InputSpec], wanted: int) -> int:
+    """The batch of a run: what the inputs fix, else the one wanted. Contradictions are found by `open_dataset`."""
+    fixed = [spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)]
+    return int(fixed[0]) if fixed else wanted

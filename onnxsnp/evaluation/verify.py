@@ -1,0 +1,199 @@
+"""The proof after surgery: the cut model against the original graph with zeros where the plan cuts.
+
+The masked model is made from the graph as exported, before packed projections were taken apart and shapes rewritten, so
+it checks all of that as well. Zeros go into both sides of every cut; the softmax scale stays that of the original head
+size. Where the residual stream is cut, its normalisations are told to average over the channels that stay, which makes
+the comparison exact there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper
+
+from onnxsnp.errors import ModelError, VerificationError
+from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.ir import Graph, Namer, Part, attribute
+from onnxsnp.surgery.rewrite import Cut, mask_array, touched, weight_axes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of the proof.
+
+    Attributes:
+        passed: every check held.
+        masked_equality: largest difference between cut and masked model, relative to the largest output.
+        normalised_equality: the same between the original file and its normalised form.
+        checks: what was done, in words.
+    """
+
+    passed: bool
+    masked_equality: float
+    normalised_equality: float
+    checks: tuple[str, ...]
+
+
+def tolerance(weights: Mapping[str, np.ndarray]) -> float:
+    """Largest relative difference that round-off explains, for the coarsest type among the weights."""
+    sizes = [array.dtype.itemsize for array in weights.values() if array.dtype.kind not in "iub" and array.size > 16]
+    return {8: 1e-9, 4: 1e-4, 2: 3e-2}.get(min(sizes, default=4), 1e-4)
+
+
+def masked(base: Graph, graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut],
+           updates: Mapping[str, np.ndarray]) -> Graph:
+    """The original graph with zeros in place of everything that is cut.
+
+    Args:
+        base: the graph as exported (see `Normalized.base`).
+        graph: the analysed graph the cuts refer to.
+        updates: refitted weights of `graph` in their original shapes.
+    """
+    result = base.copy()
+    divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
+    for name in graph.weights:
+        mine = touched(dependencies, name, cuts)
+        if name not in updates and not mine:
+            continue
+        array = updates.get(name, graph.weights[name])
+        if mine and name not in divisors:
+            array = mask_array(array, weight_axes(dependencies, name), dependencies.size, mine)
+        _write(result, graph, name, array)
+    _average_over_kept(result, dependencies, cuts)
+    return result
+
+
+def _write(base: Graph, graph: Graph, name: str, array: np.ndarray) -> None:
+    """Put a weight of the analysed graph back where it came from in the exported one."""
+    part = graph.parts.get(name)
+    if part is None:
+        if name not in base.weights:
+            raise VerificationError(f"weight '{name}' has no counterpart in the exported graph", node=name)
+        base.weights[name] = array
+        return
+    chain: list[Part] = [part]
+    while chain[-1].source in graph.parts:
+        chain.append(graph.parts[chain[-1].source])
+    root = chain[-1].source
+    if root not in base.weights:
+        raise VerificationError(f"packed weight '{root}' has no counterpart in the exported graph", node=root)
+    target = np.array(base.weights[root])
+    places = np.arange(target.size).reshape(target.shape)
+    for link in reversed(chain):
+        places = np.take(places, link.indices, axis=link.axis)
+    target.reshape(-1)[places.reshape(-1)] = array.reshape(-1)
+    base.weights[root] = target
+
+
+def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut]) -> None:
+    """Rewrite, in place, the normalisations that run over a cut axis so that they see only the kept channels."""
+    by_atom = {cut.atom: cut for cut in cuts if not cut.head_atoms}
+    touched_nodes: dict[str, Cut] = {}
+    for role in dependencies.facts.statistics:
+        atoms = dependencies.atoms(*role.axis)
+        if len(atoms) == 1 and atoms[0] in by_atom:
+            touched_nodes[role.node] = by_atom[atoms[0]]
+    namer = Namer(graph.names())
+    rebuilt: list[NodeProto] = []
+    for node in graph.nodes:
+        cut = touched_nodes.get(node.name)
+        if cut is None:
+            rebuilt.append(node)
+            continue
+        size = dependencies.size(cut.atom)
+        dtype = _float_type(graph)
+        mask = namer("onnxsnp.mask")
+        graph.weights[mask] = np.isin(np.arange(size), cut.keep[0]).astype(dtype)
+        factor = namer("onnxsnp.factor")
+        graph.weights[factor] = np.asarray(size / cut.keep.shape[1], dtype)
+        make = _mean_over_kept if node.op_type == "ReduceMean" else _norm_over_kept
+        rebuilt.extend(make(graph, node, mask, factor, namer))
+    graph.nodes = rebuilt
+
+
+def _float_type(graph: Graph) -> np.dtype:
+    return next(array.dtype for array in graph.weights.values() if array.dtype.kind not in "iub" and array.size > 16)
+
+
+def _mean_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
+    seen, mean = namer(f"{node.name}.masked"), namer(f"{node.name}.mean")
+    clone = NodeProto()
+    clone.CopyFrom(node)
+    clone.input[0], clone.output[0] = seen, mean
+    return [helper.make_node("Mul", [node.input[0], mask], [seen], name=seen), clone,
+            helper.make_node("Mul", [mean, factor], [node.output[0]], name=namer(f"{node.name}.scaled"))]
+
+
+def _norm_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
+    """LayerNormalization spelled out, over the kept channels of the last axis."""
+    nodes: list[NodeProto] = []
+
+    def add(op: str, *inputs: str, **attributes: object) -> str:
+        name = namer(f"{node.name}.{op}")
+        nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def mean(tensor: str) -> str:
+        if graph.opset >= 18:
+            axes = namer(f"{node.name}.axes")
+            graph.weights[axes] = np.asarray([-1], np.int64)
+            return add("Mul", add("ReduceMean", tensor, axes), factor)
+        return add("Mul", add("ReduceMean", tensor, axes=[-1]), factor)
+
+    epsilon = namer(f"{node.name}.epsilon")
+    graph.weights[epsilon] = np.asarray(attribute(node, "epsilon", 1e-5), _float_type(graph))
+    centred = add("Mul", add("Sub", node.input[0], mean(add("Mul", node.input[0], mask))), mask)
+    spread = add("Sqrt", add("Add", mean(add("Mul", centred, centred)), epsilon))
+    scaled = add("Mul", add("Div", centred, spread), node.input[1])
+    if len(node.input) > 2 and node.input[2]:
+        scaled = add("Add", scaled, node.input[2])
+    nodes[-1].output[0] = node.output[0]
+    return nodes
+
+
+def check_proto(proto: onnx.ModelProto) -> list[str]:
+    """The ONNX checker and strict shape inference.
+
+    Raises:
+        VerificationError: the model is not valid.
+    """
+    if proto.ByteSize() >= 2**31 - 2**20:
+        return ["checker skipped: the model is over 2 GB"]
+    try:
+        onnx.checker.check_model(proto, full_check=False)
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"the cut model is not valid ONNX: {str(error).splitlines()[0]}",
+                                hint="please report this; nothing was written") from error
+    return ["checker", "strict shape inference"]
+
+
+def difference(left: Graph, right: Graph, feeds: Sequence[Mapping[str, np.ndarray]],
+               threads: int | None = None) -> float:
+    """Largest difference of two graphs' outputs, relative to the largest entry of the first one's.
+
+    Raises:
+        VerificationError: they do not run, or differ in the shape of an output.
+    """
+    try:
+        a, b = left.session(threads=threads), right.session(threads=threads)
+        runs = [(a.run(None, dict(feed)), b.run(None, dict(feed))) for feed in feeds]
+    except ModelError as error:
+        raise VerificationError(f"the cut model does not run: {error.message}") from error
+    except Exception as error:  # onnxruntime has no exception type of its own for a failed run
+        raise VerificationError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
+    worst = 0.0
+    for first, second in runs:
+        for want, got in zip(first, second, strict=True):
+            if want.shape != got.shape:
+                raise VerificationError(f"an output has shape {got.shape} instead of {want.shape}")
+            if want.dtype.kind == "f" and want.size:
+                gap = np.abs(want.astype(np.float64) - got.astype(np.float64)).max()
+                worst = max(worst, float(gap / max(float(np.abs(want).max()), 1e-12)))
+            elif want.size and not np.array_equal(want, got):
+                worst = max(worst, float(np.mean(want != got)))
+    return worst if np.isfinite(worst) else float("inf")

@@ -1,0 +1,81 @@
+"""Projections as the rest of the program sees them: one weight, its two axes, its input, its bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.groups import Group
+from onnxsnp.graph.ir import Graph
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection y = x W + b (MatMul, Gemm) or a convolution.
+
+    Attributes:
+        node: name of the operator.
+        op: its type.
+        data: name of the activation it reads.
+        weight: name of its weight; `inner` and `outer` are the axes it contracts and emits.
+        bias: name of its bias, if there is one, of shape [outer size] (possibly with leading axes of size 1).
+    """
+
+    node: str
+    op: str
+    data: str
+    weight: str
+    inner: int
+    outer: int
+    bias: str | None
+
+
+def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
+    """Every projection of a graph by the name of its weight."""
+    consumed = {role.axis[0]: role.axis[1] for role in dependencies.facts.roles if role.kind == "consumer"}
+    emitted = {role.axis[0]: role.axis[1] for role in dependencies.facts.roles if role.kind == "producer"}
+    readers = graph.readers()
+    found = {}
+    for node in graph.nodes:
+        for slot, name in enumerate(node.input[:2]):
+            if name in consumed and name in emitted and name in graph.weights:
+                found[name] = Linear(node.name, node.op_type, node.input[1 - slot], name, consumed[name],
+                                     emitted[name], _bias(graph, node, emitted[name], name, readers))
+    return found
+
+
+def _bias(graph: Graph, node: NodeProto, outer: int, weight: str,
+          readers: Mapping[str, list[tuple[NodeProto, int]]]) -> str | None:
+    """The operator's own bias, or the constant that its only reader adds."""
+    if node.op_type in ("Gemm", "Conv"):
+        return node.input[2] if len(node.input) > 2 and node.input[2] in graph.weights else None
+    after = readers.get(node.output[0], [])
+    if len(after) != 1 or after[0][0].op_type != "Add":
+        return None
+    other = next((name for name in after[0][0].input if name != node.output[0]), "")
+    size = graph.weights[weight].shape[outer]
+    held = graph.weights.get(other)
+    return other if held is not None and held.size == size == held.shape[-1] else None
+
+
+def neuron_matrix(graph: Graph, dependencies: Dependencies, group: Group, weight: str) -> np.ndarray:
+    """A weight with one row per neuron of a group.
+
+    Returns:
+        [heads * size, everything else], heads outermost, float64.
+    """
+    labels: list[int | None] = []
+    shape: list[int] = []
+    array = graph.weights[weight]
+    for axis in range(array.ndim):
+        atoms = dependencies.atoms(weight, axis)
+        labels.extend(atoms or (None,))
+        shape.extend([dependencies.size(atom) for atom in atoms] or [array.shape[axis]])
+    first = [labels.index(atom) for atom in (*group.head_atoms, group.atom)]
+    order = first + [index for index in range(len(labels)) if index not in first]
+    view = np.asarray(array).reshape(shape).transpose(order)
+    return view.reshape(group.heads * group.size, -1).astype(np.float64)

@@ -1,0 +1,207 @@
+"""How many neurons each group keeps: a uniform ratio, ratios from a file, or the ratio that meets a cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from onnxsnp.errors import PlanError
+from onnxsnp.evaluation.cost import CostModel
+from onnxsnp.graph.groups import Group
+
+SCOPES = ("qk", "v", "ffn", "head", "channel", "residual")
+DEFAULT_SCOPE = ("qk", "v", "ffn")
+_FILE_KINDS = {"query_key": "qk", "value": "v", "ffn": "ffn", "residual": "residual"}
+TOLERANCE = 0.01  # of the asked share
+
+
+def parse_scope(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Kinds of groups from a comma-separated list.
+
+    Raises:
+        PlanError: an unknown kind (the nearest known one is suggested).
+    """
+    names = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
+    for name in names:
+        if name not in SCOPES:
+            near = get_close_matches(name, SCOPES, 1)
+            raise PlanError(f"unknown scope '{name}'", hint=f"did you mean '{near[0]}'?" if near else
+                            f"choose from {', '.join(SCOPES)}")
+    if not names:
+        raise PlanError("the scope is empty", hint=f"choose from {', '.join(SCOPES)}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_ratio(ratio: float) -> float:
+    """A ratio in [0, 1).
+
+    Raises:
+        PlanError: anything else, nan included.
+    """
+    if not 0 <= ratio < 1:
+        raise PlanError(f"ratio must be at least 0 and below 1, got {ratio}", hint="0.3 removes 30 %")
+    return float(ratio)
+
+
+def keep_count(size: int, removed: float, multiple: int = 1) -> int:
+    """Neurons that stay when `removed` (a real number) of `size` go: rounded to `multiple`, at least one multiple."""
+    kept = size - removed
+    rounded = int(round(kept / multiple)) * multiple
+    return min(size, max(rounded, min(multiple, size)))
+
+
+def uniform(groups: Sequence[Group], ratio: float, multiple: int = 1) -> dict[str, int]:
+    """The literature's local pruning: the same share of every group's neurons.
+
+    Returns:
+        Kept neurons by group id.
+    """
+    return {group.id: keep_count(group.size, ratio * group.size, multiple) for group in groups}
+
+
+def to_cost(groups: Sequence[Group], cost: CostModel, share: float, what: str = "macs",
+            multiple: int = 1) -> dict[str, int]:
+    """The one ratio, for every group alike, that removes the asked share of the model's cost.
+
+    A ratio moves groups of equal size by a neuron all at once, which is coarse; so the ratio is taken just below the
+    target and single neurons then go from the groups that rounding favoured most, until the target is met.
+
+    Args:
+        share: part of the whole model's cost to remove, in [0, 1).
+        what: "macs" or "params".
+
+    Raises:
+        PlanError: the groups cannot give that much, or sizes in steps of `multiple` cannot meet it to 1 %.
+    """
+    total = cost.total(what)
+    target = total * (1 - share)
+
+    def counts(ratio: float) -> dict[str, int]:
+        return {group.id: min(group.size, max(min(multiple, group.size),
+                math.ceil((group.size * (1 - ratio)) / multiple - 1e-9) * multiple)) for group in groups}
+
+    def price(kept: Mapping[str, int]) -> float:
+        return cost.total(what, {group.atom: kept[group.id] for group in groups if kept[group.id] < group.size})
+
+    least = price(counts(1.0))
+    if least > target * (1 + 1e-9) and total > 0:
+        raise PlanError(f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
+                        hint="lower --ratio or widen --scope")
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if price(counts(middle)) > target else (low, middle)
+    kept = counts(low)
+    _trim(groups, kept, low, multiple, price, target)
+    got = 1 - price(kept) / total
+    if share and abs(got - share) > TOLERANCE * share + 1e-9:
+        raise PlanError(f"sizes in steps of {multiple} remove {got:.1%} of the {what}, not {share:.1%}",
+                        hint="lower --multiple-of or change --ratio")
+    return kept
+
+
+def _trim(groups: Sequence[Group], kept: dict[str, int], ratio: float, multiple: int, price: Any,
+          target: float) -> None:
+    """Take single steps from the groups that rounding left furthest above their share, until the target is met."""
+    order = sorted(groups, key=lambda group: kept[group.id] - group.size * (1 - ratio), reverse=True)
+    now = price(kept)
+    for group in order:
+        step = multiple if kept[group.id] % multiple == 0 else kept[group.id] % multiple
+        if now <= target or kept[group.id] - step < 1:
+            continue
+        kept[group.id] -= step
+        after = price(kept)
+        if target - after > now - target:  # this step would miss by more than staying does
+            kept[group.id] += step
+            continue
+        now = after
+
+
+def from_file(reference: str, groups: Sequence[Group], multiple: int = 1, scoped: bool = False) -> dict[str, int]:
+    """Kept neurons from ratios per block and kind.
+
+    Args:
+        reference: `FILE` or `FILE:entry`. The file holds lists by kind (`query_key`, `value`, `ffn`, one number for
+            `residual`), possibly several such sets under `models`; or names as in the authors' own files: `matmul_{2i}`
+            for block i's query-key, `matmul_{2i+1}` for its value, `blocks_i_mlp_fc1`, `add_N` for the residual.
+        scoped: ratios of kinds that are not among `groups` are passed over instead of refused.
+
+    Raises:
+        PlanError: the file cannot be read, does not fit the model, or holds a ratio outside [0, 1).
+    """
+    ratios = _read_ratios(reference)
+    known = {group.id: group for group in groups}
+    kept = {}
+    for name, ratio in ratios.items():
+        group = known.get(name) or next((g for g in groups if name == "residual" and g.kind == "residual"), None)
+        if group is None and scoped and all(g.kind != name.split(".")[0] for g in groups):
+            continue
+        if group is None:
+            raise PlanError(f"{reference} gives a ratio for '{name}', which this model does not have or cannot cut",
+                            hint="onnxsnp inspect lists the groups")
+        kept[group.id] = keep_count(group.size, check_ratio(ratio) * group.size, multiple)
+    return kept
+
+
+def _read_ratios(reference: str) -> dict[str, float]:
+    """Ratios by group id."""
+    path, entry = reference, ""
+    if not Path(path).exists() and ":" in reference:
+        path, _, entry = reference.rpartition(":")
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise PlanError(f"no such allocation: '{reference}'", hint="give auto, uniform, or a ratios file") from error
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read ratios from {path}: {error}") from error
+    if isinstance(data, dict) and isinstance(data.get("models"), dict):
+        models = data["models"]
+        if not entry and len(models) == 1:
+            entry = next(iter(models))
+        if entry not in models:
+            near = get_close_matches(entry, models, 1)
+            raise PlanError(f"{path} has no entry '{entry}'", hint=f"did you mean '{near[0]}'?" if near else
+                            f"add one of :{', :'.join(models)}")
+        data = models[entry]
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} does not hold ratios by kind")
+    try:
+        return _by_kind(data) if any(key in data for key in _FILE_KINDS) else _by_module(data, path)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{path} does not hold numbers where ratios are expected: {error}") from error
+
+
+def _by_kind(data: Mapping[str, Any]) -> dict[str, float]:
+    ratios: dict[str, float] = {}
+    for key, kind in _FILE_KINDS.items():
+        value = data.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list):
+            ratios.update({f"{kind}.{index}": float(ratio) for index, ratio in enumerate(value)})
+        else:
+            ratios[kind] = float(value)
+    return ratios
+
+
+def _by_module(data: Mapping[str, Any], path: str) -> dict[str, float]:
+    ratios = {}
+    for name, value in data.items():
+        product = re.fullmatch(r"matmul(?:_(\d+))?", name)
+        ffn = re.fullmatch(r"blocks_(\d+)_mlp_fc1", name)
+        if product:
+            number = int(product.group(1) or 0)
+            ratios[f"{'v' if number % 2 else 'qk'}.{number // 2}"] = float(value)
+        elif ffn:
+            ratios[f"ffn.{ffn.group(1)}"] = float(value)
+        elif re.fullmatch(r"add(?:_\d+)?", name):
+            ratios["residual"] = float(value)
+        else:
+            raise PlanError(f"{path} names '{name}', which is not a known kind or module",
+                            hint="use query_key, value, ffn, residual, or matmul_N, blocks_N_mlp_fc1, add_N")
+    return ratios

@@ -1,0 +1,436 @@
+"""The main job: from a model and a ratio to a smaller, proven model and the record of how it came about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxsnp._version import __version__
+from onnxsnp.analysis import Analysis, analyse_model
+from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset, parse_classes
+from onnxsnp.calibration.statistics import Statistics, collect
+from onnxsnp.errors import PlanError, VerificationError
+from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
+from onnxsnp.evaluation.verify import Verification, check_proto, difference, masked, tolerance
+from onnxsnp.graph.groups import Group
+from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.normalize import as_graph
+from onnxsnp.model import Model, save
+from onnxsnp.planning import allocation as allocating
+from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts, check_plan, fingerprint, keep_highest, read_plan
+from onnxsnp.reconstruction.refit import refit_consumers, refittable
+from onnxsnp.runtime import InputSpec
+from onnxsnp.scoring.criteria import CRITERIA, score
+from onnxsnp.scoring.targets import scoring_target
+from onnxsnp.surgery.apply import Applied, apply, to_model
+
+COMPENSATIONS = ("none", "refit")
+DEFAULT_SAMPLES = 64  # as many images as the paper uses
+_HELD_BACK = 32  # samples the fit does not see; agreement is measured on them
+_BATCH = 8
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Options:
+    """How to prune; the fields mirror the command line (see `onnxsnp prune --help`)."""
+
+    ratio: float | None = None
+    allocation: str = "auto"
+    of: str = "macs"
+    scope: str | Sequence[str] | None = None
+    compensation: str = "refit"
+    criterion: str = "snp"
+    rank: int | None = None
+    calibration: Any = None
+    samples: int = DEFAULT_SAMPLES
+    preprocess: Preprocess | None = None
+    eval_data: Any = None
+    multiple_of: int = 1
+    plan: str | Path | Plan | None = None
+    threads: int | None = None
+    provider: str = "cpu"
+    seed: int = 0
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+
+
+@dataclass
+class PruneResult:
+    """A pruned model and its record.
+
+    Attributes:
+        model: the pruned model; the unchanged original if nothing was cut; None after a dry run.
+        plan: which neurons stay.
+        record: what is written as `*.pruned.json` (the JSON contract of `onnxsnp prune`).
+    """
+
+    model: onnx.ModelProto | None
+    plan: Plan
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def prune(source: str | Path | onnx.ModelProto | Model | Analysis, ratio: float | None = None, *,
+          output: str | Path | None = None, dry_run: bool = False, progress: Progress | None = None,
+          **options: Any) -> PruneResult:
+    """Prune a model.
+
+    Args:
+        source: a path, a model in memory, or an analysis made before (`analyse_model`).
+        ratio: share to remove, in [0, 1); what it is a share of depends on `allocation`.
+        output: where to write the model, and its record beside it as `.json`; nothing is written if None.
+        dry_run: stop once the plan is made.
+        progress: called as (stage, done, total).
+        options: the fields of `Options`.
+
+    Returns:
+        The model, its plan and the record.
+
+    Raises:
+        OnnxSnpError: bad input, a plan that cannot be met, or a cut model that did not prove right. Nothing is written.
+    """
+    run = _Run(Options(ratio=ratio, **options), progress or (lambda stage, done, total: None))
+    return run.prune(source, output, dry_run)
+
+
+class _Run:
+    """The stages of one pruning run, their timing and their notes."""
+
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._check_options()
+
+    def _check_options(self) -> None:
+        options = self.options
+        if options.criterion not in CRITERIA:
+            raise PlanError(f"unknown criterion '{options.criterion}'", hint=f"choose from {', '.join(CRITERIA)}")
+        if options.compensation not in COMPENSATIONS:
+            raise PlanError(f"unknown compensation '{options.compensation}'",
+                            hint=f"choose from {', '.join(COMPENSATIONS)}")
+        if options.of not in ("macs", "params"):
+            raise PlanError(f"cannot allocate a share of '{options.of}'", hint="choose macs or params")
+        if options.multiple_of < 1:
+            raise PlanError(f"--multiple-of must be 1 or more, got {options.multiple_of}")
+        if options.ratio is not None:
+            allocating.check_ratio(options.ratio)
+        elif options.plan is None and options.allocation in ("auto", "uniform"):
+            raise PlanError("no ratio was given", hint="say how much to remove, for example --ratio 0.3")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def prune(self, source: Any, output: str | Path | None, dry_run: bool) -> PruneResult:
+        with self.stage("analyse"):
+            analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
+            mark = fingerprint(analysis.model)
+        plan = self._given_plan(analysis, mark)
+        counts = self._counts(analysis) if plan is None else None
+        scores = counts is not None and any(kept < analysis.groups[name].size for name, kept in counts.items())
+        data = self._data(analysis)
+        statistics, held, sample = self._calibrate(analysis, data, counts, plan)
+        if plan is None:
+            with self.stage("score"):
+                plan = self._select(analysis, counts or {}, statistics, mark) if scores else Plan(mark, [])
+        plan.settings = plan.settings or self._settings(data)
+        record = self._record(analysis, plan, data)
+        if dry_run:
+            return PruneResult(None, plan, record)
+        applied, proof = self._cut(analysis, plan, statistics, sample)
+        unchanged = not applied.cuts
+        proto = original_proto(analysis.model) if unchanged else to_model(applied.graph)
+        if not unchanged:
+            with self.stage("verify"):
+                proof = Verification(proof.passed, proof.masked_equality, proof.normalised_equality,
+                                     (*check_proto(proto), *proof.checks))
+        self._finish(record, analysis, proto, proof, held, output)
+        return PruneResult(proto, plan, record)
+
+    def _given_plan(self, analysis: Analysis, mark: str) -> Plan | None:
+        given = self.options.plan
+        if given is None:
+            return None
+        plan = given if isinstance(given, Plan) else read_plan(given)
+        check_plan(plan, analysis.groups, mark)
+        return plan
+
+    def _counts(self, analysis: Analysis) -> dict[str, int]:
+        """Kept neurons by group id."""
+        options = self.options
+        from_file = options.allocation not in ("auto", "uniform")
+        if options.scope is not None:
+            scope = allocating.parse_scope(options.scope)
+        else:
+            scope = allocating.SCOPES if from_file else allocating.DEFAULT_SCOPE
+        if "head" in scope and options.scope is not None:
+            raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
+        groups = [group for group in analysis.structure.groups if group.kind in scope and group.prunable]
+        if not groups:
+            raise PlanError(f"the model has nothing to cut in scope {','.join(scope)}",
+                            hint="onnxsnp inspect lists its groups and the reasons")
+        if from_file:
+            counts = allocating.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
+        elif options.allocation == "uniform":
+            counts = allocating.uniform(groups, options.ratio or 0.0, options.multiple_of)
+        else:
+            counts = allocating.to_cost(groups, analysis.cost, options.ratio or 0.0, options.of, options.multiple_of)
+        return counts
+
+    def _data(self, analysis: Analysis) -> Dataset:
+        options = self.options
+        specs = input_specs_of(analysis.graph, options.input_shapes)
+        data = open_dataset(options.calibration, specs, samples=options.samples + _HELD_BACK, batch_size=_BATCH,
+                            preprocess=options.preprocess or default_preprocess(analysis), seed=options.seed,
+                            classes=class_names(analysis))
+        if data.generated:
+            self.notes.append("calibrated on generated inputs; real data of the model's domain does better")
+        return data
+
+    def _calibrate(self, analysis: Analysis, data: Dataset, counts: Mapping[str, int] | None,
+                   plan: Plan | None) -> tuple[Statistics, list[Batch], Batch]:
+        """Measure what the plan needs on all but the last samples, which are held back."""
+        options = self.options
+        kept = dict(counts or {})
+        if plan is not None:
+            kept = {entry.id: entry.kept for entry in plan.groups}
+        cut = [analysis.groups[name] for name, size in kept.items() if size < analysis.groups[name].size]
+        needs_scores = plan is None and CRITERIA[options.criterion].needs_qk
+        qk = [group for group in cut if group.kind == "qk"] if needs_scores else []
+        tensors = sorted({linear.data for group in cut for linear in refittable(group, analysis.linears)}
+                         ) if options.compensation == "refit" else []
+        total = data.samples
+        seen = min(options.samples, total - min(_HELD_BACK, total // 5))
+        with self.stage("calibrate"):
+            fit, held = _split(data, seen)
+            first = next(fit)
+            batches: Iterable[Batch] = _chain(first, fit)
+            if qk or tensors:
+                statistics = collect(analysis.graph, analysis.dependencies, analysis.structure.sites, qk, tensors,
+                                     batches, rank=options.rank, threads=options.threads, provider=options.provider,
+                                     progress=lambda done: self.progress("calibrate", done, seen))
+            else:
+                statistics = Statistics()
+                for _ in batches:  # the held-back part comes after what the fit would have seen
+                    pass
+        return statistics, held, first
+
+    def _select(self, analysis: Analysis, counts: Mapping[str, int], statistics: Statistics, mark: str) -> Plan:
+        rng = np.random.default_rng(self.options.seed)
+        entries = []
+        cut = {name: kept for name, kept in counts.items() if kept < analysis.groups[name].size}
+        for number, (name, kept) in enumerate(cut.items()):
+            group = analysis.groups[name]
+            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears,
+                                    statistics.qk.get(name))
+            scores = score(self.options.criterion, target, rng=rng)
+            entries.append(GroupPlan(name, group.kind, group.size, group.heads, keep_highest(scores, kept)))
+            self.progress("score", number + 1, len(cut))
+        return Plan(mark, entries)
+
+    def _cut(self, analysis: Analysis, plan: Plan, statistics: Statistics,
+             sample: Batch) -> tuple[Applied, Verification]:
+        updates: dict[str, np.ndarray] = {}
+        if self.options.compensation == "refit":
+            with self.stage("refit"):
+                groups = [analysis.groups[entry.id] for entry in plan.groups]
+                cuts = {cut.atom: cut for cut in as_cuts(plan, analysis.groups)}
+                by_id = {group.id: cuts[group.atom] for group in groups if group.atom in cuts}
+                updates = refit_consumers(analysis.graph, analysis.dependencies, groups, by_id, analysis.linears,
+                                          statistics.moments)
+        with self.stage("cut"):
+            applied = apply(analysis, plan, updates)
+        with self.stage("verify"):
+            proof = prove(analysis, applied, _feeds(analysis.graph, sample), self.options.threads)
+        return applied, proof
+
+    def _settings(self, data: Dataset) -> dict[str, Any]:
+        options = self.options
+        scope = options.scope if options.scope is None or isinstance(options.scope, str) else ",".join(options.scope)
+        return {"ratio": options.ratio, "allocation": options.allocation, "of": options.of, "scope": scope,
+                "criterion": options.criterion, "compensation": options.compensation, "rank": options.rank,
+                "samples": options.samples, "calibration": data.description, "multiple_of": options.multiple_of,
+                "seed": options.seed, "version": __version__}
+
+    def _record(self, analysis: Analysis, plan: Plan, data: Dataset) -> dict[str, Any]:
+        cuts = as_cuts(plan, analysis.groups)
+        sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
+        kept = {entry.id: entry.kept for entry in plan.groups}
+        before, after = ({what: round(analysis.cost.total(what, new)) for what in ("params", "macs")}
+                         for new in (None, sizes))
+        return {"output": None, "before": {**before, "bytes": analysis.model.bytes}, "after": {**after, "bytes": None},
+                "groups": [{"id": group.id, "kind": group.kind, "before": group.size, "heads": group.heads,
+                            "after": kept.get(group.id, group.size)} for group in analysis.structure.groups
+                           if group.kind != "head"],
+                "settings": {**self._settings(data)}, "plan": vars(plan) | {
+                    "version": 1, "groups": [vars(entry) for entry in plan.groups]},
+                "skipped": len(data.skipped), "notes": self.notes, "seconds": self.seconds}
+
+    def _finish(self, record: dict[str, Any], analysis: Analysis, proto: onnx.ModelProto, proof: Verification,
+                held: list[Batch], output: str | Path | None) -> None:
+        content = proto.SerializeToString()
+        record["after"]["bytes"] = len(content)
+        record["verification"] = vars(proof)
+        original = original_bytes(analysis.model)
+        if held:
+            with self.stage("compare"):
+                record["agreement"] = agreement(original, content, held, self.options.threads)
+        if self.options.eval_data is not None:
+            record["accuracy"] = self._evaluate(analysis, original, content)
+        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        if output is not None:
+            record["output"] = str(output)
+            with self.stage("write"):
+                save(proto, output)
+
+    def _evaluate(self, analysis: Analysis, original: str | bytes, content: bytes) -> dict[str, Any]:
+        options = self.options
+        specs = input_specs_of(analysis.graph, options.input_shapes)
+        data = open_dataset(options.eval_data, specs, batch_size=_BATCH, pad_last=True, shuffle=False,
+                            preprocess=options.preprocess or default_preprocess(analysis),
+                            classes=class_names(analysis))
+        with self.stage("evaluate"):
+            before, after = evaluate_models([original, content], data, threads=options.threads,
+                                            provider=options.provider,
+                                            progress=lambda done, total: self.progress("evaluate", done, total))
+        return {"before": before.to_dict(), "after": after.to_dict()}
+
+
+def prove(analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.ndarray]],
+          threads: int | None = None) -> Verification:
+    """Check a cut graph against the masked original, and the normalised form against the original.
+
+    Raises:
+        VerificationError: a difference that round-off does not explain.
+    """
+    if not applied.cuts:
+        return Verification(True, 0.0, 0.0, ("nothing was cut; the model is the original",))
+    limit = tolerance(analysis.graph.weights)
+    base = analysis.normalized.base
+    gap = difference(as_graph(analysis.model), base, feeds, threads)
+    if gap > limit:
+        raise VerificationError(f"the normalised model differs from the original by {gap:.1e} of the output",
+                                hint="please report this model; nothing was written")
+    expected = masked(base, analysis.graph, analysis.dependencies, applied.cuts, applied.updates)
+    error = difference(expected, applied.graph, feeds, threads)
+    if error > limit:
+        raise VerificationError(f"the cut model differs from the masked original by {error:.1e} of the output",
+                                hint="please report this model; nothing was written")
+    checks = ("normalised model equals the original", "cut model equals the masked original",
+              f"run at batch {', '.join(str(len(next(iter(feed.values())))) for feed in feeds)}")
+    return Verification(True, error, gap, checks)
+
+
+def agreement(original: str | bytes, content: bytes, batches: Sequence[Batch], threads: int | None) -> dict[str, Any]:
+    """How closely a pruned model follows the original on held-back samples."""
+    data = _Held(batches)
+    result: Evaluation = evaluate_models([original, content], data, threads=threads)[1]  # type: ignore[arg-type]
+    return {"samples": result.count, "top1": result.agreement, "cosine": result.cosine, "kl": result.kl,
+            "max_abs_difference": result.max_abs_difference}
+
+
+class _Held:
+    """Batches kept in memory, with the little of `Dataset` that an evaluation reads; labels are left out."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = [Batch(batch.inputs, None, batch.count) for batch in batches]
+        self.samples = sum(batch.count for batch in batches)
+        self.labelled = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def _split(data: Dataset, seen: int) -> tuple[Iterator[Batch], list[Batch]]:
+    """The first `seen` samples as an iterator; what follows fills the list once that iterator is exhausted."""
+    held: list[Batch] = []
+
+    def fit() -> Iterator[Batch]:
+        done = 0
+        for batch in data:
+            if done < seen:
+                done += batch.count
+                yield batch
+            else:
+                held.append(batch)
+
+    return fit(), held
+
+
+def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield first
+    yield from rest
+
+
+def _feeds(graph: Graph, batch: Batch) -> list[dict[str, np.ndarray]]:
+    """Inputs for the proof: real samples, at two batch sizes where the batch is dynamic."""
+    free = all(spec.shape and not isinstance(spec.shape[0], int) for spec in input_specs_of(graph))
+    if not free:
+        return [batch.inputs]
+    return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(3, batch.count)})]
+
+
+def input_specs_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> list[InputSpec]:
+    """The model's inputs, with sizes that were given filled in behind the batch."""
+    specs = []
+    for value in graph.shell.graph.input:
+        kind = value.type.tensor_type
+        sizes: list[int | str | None] = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+                                         for dim in kind.shape.dim]
+        given = (shapes or {}).get(value.name)
+        if given is not None:
+            sizes = [size if isinstance(size, int) or axis == 0 else int(given[axis])
+                     for axis, size in enumerate(sizes)]
+        specs.append(InputSpec(value.name, tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))))
+    return specs
+
+
+def class_names(analysis: Analysis) -> list[str] | None:
+    """Class names in index order, if the model's metadata lists them."""
+    text = analysis.model.metadata.get("classes")
+    return parse_classes(text) if text else None
+
+
+def default_preprocess(analysis: Analysis) -> Preprocess | None:
+    """Preprocessing by the model's own metadata, at its own input size; None for models without an image input."""
+    return preprocess_for(analysis, None)
+
+
+def preprocess_for(analysis: Analysis, name: str | None) -> Preprocess | None:
+    """Preprocessing by preset or file, at the model's input size; None for models without an image input."""
+    from onnxsnp.calibration.data import image_spec, resolve_preprocess
+    from onnxsnp.runtime import channel_axis
+
+    spec = image_spec(input_specs_of(analysis.graph))
+    if spec is None:
+        return None
+    first = 1 if channel_axis(spec) == 3 else 2
+    size = tuple(one if isinstance(one, int) else 224 for one in spec.shape[first:first + 2])
+    return resolve_preprocess(name, analysis.model.metadata, (size[0], size[1]))
+
+
+def original_proto(model: Model) -> onnx.ModelProto:
+    """The model as it was read, weights inside."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for name, array in model.weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
+    return proto
+
+
+def original_bytes(model: Model) -> str | bytes:
+    """The original for onnxruntime: its path if it has one."""
+    return str(model.path) if model.path is not None else original_proto(model).SerializeToString()

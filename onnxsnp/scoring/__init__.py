@@ -1,0 +1,1 @@
+"""What matters: scores of single neurons (lowest goes first), as pure numpy functions that know nothing of ONNX."""

@@ -1,0 +1,99 @@
+"""Apply a plan to a model: a pure function from (model, plan, refitted weights) to a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from onnxsnp.graph.dependency import analyse
+from onnxsnp.graph.groups import find_groups
+from onnxsnp.graph.ir import Graph
+from onnxsnp.planning.plan import Plan, as_cuts, check_plan
+from onnxsnp.surgery.rewrite import Cut, cut_graph
+from onnxsnp.surgery.unpack import packed_sources, root_of, unpack
+
+if TYPE_CHECKING:
+    from onnxsnp.analysis import Analysis
+
+
+@dataclass
+class Applied:
+    """A cut model and what the proof needs to check it.
+
+    Attributes:
+        graph: the cut graph.
+        cuts: in the terms of the analysis' own graph.
+        updates: the refitted weights that went in.
+    """
+
+    graph: Graph
+    cuts: list[Cut]
+    updates: dict[str, np.ndarray]
+
+
+def apply(analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray] | None = None,
+          fingerprint: str | None = None) -> Applied:
+    """Cut what the plan says.
+
+    Only those packed projections are taken apart that a cut needs; the rest of the graph stays as it was exported,
+    apart from folded constants.
+
+    Args:
+        updates: refitted weights in their original shapes, by name.
+        fingerprint: of the model, to check that the plan was made for it; not checked if None.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    check_plan(plan, analysis.groups, fingerprint or plan.model)
+    cuts = as_cuts(plan, analysis.groups)
+    needed = _packed_weights_to_part(analysis, cuts)
+    graph, dependencies, groups = analysis.graph, analysis.dependencies, analysis.groups
+    if needed < packed_sources(graph).keys():
+        part = unpack(analysis.packed, needed)
+        graph, dependencies = part.graph, analyse(part.graph, part.shapes)
+        groups = {group.id: group for group in find_groups(graph, dependencies).groups}
+    local = as_cuts(plan, groups)
+    cut = cut_graph(graph, dependencies, local, {name: array for name, array in (updates or {}).items()
+                                                 if name in graph.weights})
+    cut.drop_dead()
+    return Applied(cut, cuts, dict(updates or {}))
+
+
+def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]:
+    """Packed weights of the file in which a cut runs along the packed axis."""
+    atoms = {cut.atom for cut in cuts}
+    return {root_of(analysis.graph, name) for name, part in analysis.graph.parts.items()
+            if atoms & set(analysis.dependencies.atoms(name, part.axis))}
+
+
+def to_model(graph: Graph) -> onnx.ModelProto:
+    """The finished file: shared weights shared again, tensor shapes recorded."""
+    graph = graph.copy()
+    _share(graph)
+    proto = graph.to_proto()
+    if proto.ByteSize() >= 2**31 - 2**20:
+        return proto
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+
+
+def _share(graph: Graph) -> None:
+    """Give weights that came from one initializer, and are still equal, one name again."""
+    canonical: dict[tuple[str, bytes], str] = {}
+    rename: dict[str, str] = {}
+    sources = set(graph.origin.values())
+    for name, array in graph.weights.items():
+        source = graph.origin.get(name, name)
+        if source in sources:
+            key = (source, str(array.dtype).encode() + repr(array.shape).encode() + array.tobytes())
+            rename[name] = canonical.setdefault(key, name)
+    for node in graph.nodes:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = rename.get(name, name)
+    graph.drop_dead()
+
+
