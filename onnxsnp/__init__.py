@@ -25,14 +25,28 @@ if TYPE_CHECKING:
     from onnxsnp.verbs import bench, evaluate
 
 _WHERE = {
-    "Analysis": "analysis", "Inspection": "analysis", "analyse_model": "analysis", "inspect": "analysis",
-    "DataError": "errors", "ModelError": "errors", "OnnxSnpError": "errors", "PlanError": "errors",
-    "VerificationError": "errors", "Evaluation": "evaluation.accuracy", "Latency": "evaluation.latency",
-    "Model": "model", "load": "model", "Plan": "planning.plan", "read_plan": "planning.plan",
-    "PruneResult": "pruning", "prune": "pruning", "bench": "verbs", "evaluate": "verbs",
+    "Analysis": "analysis",
+    "Inspection": "analysis",
+    "analyse_model": "analysis",
+    "inspect": "analysis",
+    "DataError": "errors",
+    "ModelError": "errors",
+    "OnnxSnpError": "errors",
+    "PlanError": "errors",
+    "VerificationError": "errors",
+    "Evaluation": "evaluation.accuracy",
+    "Latency": "evaluation.latency",
+    "Model": "model",
+    "load": "model",
+    "Plan": "planning.plan",
+    "read_plan": "planning.plan",
+    "PruneResult": "pruning",
+    "prune": "pruning",
+    "bench": "verbs",
+    "evaluate": "verbs",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:

@@ -59,8 +59,9 @@ class Analysis:
         return find_linears(self.graph, self.dependencies)
 
 
-def analyse_model(source: str | Path | onnx.ModelProto | Model,
-                  input_shapes: Mapping[str, Sequence[int]] | None = None) -> Analysis:
+def analyse_model(
+    source: str | Path | onnx.ModelProto | Model, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> Analysis:
     """Read a model and find its structure.
 
     Args:
@@ -75,8 +76,7 @@ def analyse_model(source: str | Path | onnx.ModelProto | Model,
     normalized = unpack(packed)
     dependencies = analyse(normalized.graph, normalized.shapes)
     structure = find_groups(normalized.graph, dependencies)
-    return Analysis(model, packed, normalized, structure,
-                    cost_model(normalized.graph, dependencies, normalized.single))
+    return Analysis(model, packed, normalized, structure, cost_model(normalized.graph, dependencies, normalized.single))
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class Inspection:
         return dict(vars(self))
 
 
-def inspect(source: str | Path | onnx.ModelProto | Model | Analysis,
-            input_shapes: Mapping[str, Sequence[int]] | None = None) -> Inspection:
+def inspect(
+    source: str | Path | onnx.ModelProto | Model | Analysis, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> Inspection:
     """Attention sites, groups, cost, and what is skipped and why.
 
     Args:
@@ -110,16 +111,25 @@ def inspect(source: str | Path | onnx.ModelProto | Model | Analysis,
     """
     analysis = source if isinstance(source, Analysis) else analyse_model(source, input_shapes)
     return Inspection(
-        params=round(analysis.cost.total("params")), macs=round(analysis.cost.total("macs")), bytes=analysis.model.bytes,
-        opset=analysis.graph.opset, inputs=_inputs(analysis.graph),
+        params=round(analysis.cost.total("params")),
+        macs=round(analysis.cost.total("macs")),
+        bytes=analysis.model.bytes,
+        opset=analysis.graph.opset,
+        inputs=_inputs(analysis.graph),
         sites=[_site(analysis, index) for index in range(len(analysis.structure.sites))],
         groups=[_group(analysis, group) for group in analysis.structure.groups],
-        skipped=_skipped(analysis))
+        skipped=_skipped(analysis),
+    )
 
 
 def _inputs(graph: Graph) -> dict[str, list[int | str]]:
-    return {value.name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
-                         for dim in value.type.tensor_type.shape.dim] for value in graph.shell.graph.input}
+    return {
+        value.name: [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+            for dim in value.type.tensor_type.shape.dim
+        ]
+        for value in graph.shell.graph.input
+    }
 
 
 def _site(analysis: Analysis, index: int) -> dict[str, Any]:
@@ -128,18 +138,29 @@ def _site(analysis: Analysis, index: int) -> dict[str, Any]:
     heads = max((group.heads for group in (found["qk"], found["v"]) if group is not None), default=1)
     reasons = [f"{kind}: {reason}" for kind, group in found.items() if group is not None for reason in group.reasons]
     reasons += [item.reason for item in analysis.structure.skipped if item.node == site.score]
-    return {"name": site.name, "heads": heads,
-            "qk_size": found["qk"].size if found["qk"] else None, "v_size": found["v"].size if found["v"] else None,
-            "prunable": {kind: group is not None and group.prunable for kind, group in found.items()},
-            "reasons": reasons}
+    return {
+        "name": site.name,
+        "heads": heads,
+        "qk_size": found["qk"].size if found["qk"] else None,
+        "v_size": found["v"].size if found["v"] else None,
+        "prunable": {kind: group is not None and group.prunable for kind, group in found.items()},
+        "reasons": reasons,
+    }
 
 
 def _group(analysis: Analysis, group: Group) -> dict[str, Any]:
-    return {"id": group.id, "kind": group.kind, "size": group.size, "heads": group.heads,
-            "params": round(analysis.cost.share("params", group.atom)),
-            "macs": round(analysis.cost.share("macs", group.atom)), "prunable": group.prunable,
-            "reasons": list(group.reasons), "producers": [weight for weight, _ in group.producers],
-            "consumers": [weight for weight, _ in group.consumers]}
+    return {
+        "id": group.id,
+        "kind": group.kind,
+        "size": group.size,
+        "heads": group.heads,
+        "params": round(analysis.cost.share("params", group.atom)),
+        "macs": round(analysis.cost.share("macs", group.atom)),
+        "prunable": group.prunable,
+        "reasons": list(group.reasons),
+        "producers": [weight for weight, _ in group.producers],
+        "consumers": [weight for weight, _ in group.consumers],
+    }
 
 
 def _skipped(analysis: Analysis) -> list[dict[str, str]]:
@@ -147,6 +168,10 @@ def _skipped(analysis: Analysis) -> list[dict[str, str]]:
     found = [{"node": item.node, "reason": item.reason} for item in analysis.structure.skipped]
     for group in analysis.structure.groups:
         for reason in group.reasons:
-            found.append({"node": group.producers[0][0] if group.producers else group.id,
-                          "reason": f"{group.id} ({group.kind}, {group.size}): {reason}"})
+            found.append(
+                {
+                    "node": group.producers[0][0] if group.producers else group.id,
+                    "reason": f"{group.id} ({group.kind}, {group.size}): {reason}",
+                }
+            )
     return found

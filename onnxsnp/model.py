@@ -48,7 +48,7 @@ def load(source: str | Path | onnx.ModelProto | Model) -> Model:
         source: a path, or a model already in memory.
 
     Raises:
-        ModelError: the file is absent, empty, truncated, not ONNX, or its external data is missing or outside its folder.
+        ModelError: the file is absent, empty, truncated or not ONNX; external data is missing or outside its folder.
     """
     if isinstance(source, Model):
         return source
@@ -62,8 +62,9 @@ def load(source: str | Path | onnx.ModelProto | Model) -> Model:
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model, or is truncated",
-                         hint="export it again or check the download") from error
+        raise ModelError(
+            f"{path} is not an ONNX model, or is truncated", hint="export it again or check the download"
+        ) from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     if not proto.graph.node or not proto.opset_import:
@@ -95,19 +96,24 @@ def _inline_array(tensor: TensorProto) -> np.ndarray:
     if tensor.HasField("raw_data"):
         item = _itemsize(tensor)
         if item and len(tensor.raw_data) != expected * item:
-            raise ModelError(f"initializer '{tensor.name}' declares {list(tensor.dims)} but holds "
-                             f"{len(tensor.raw_data)} bytes", hint="the file is damaged; export it again")
+            raise ModelError(
+                f"initializer '{tensor.name}' declares {list(tensor.dims)} but holds {len(tensor.raw_data)} bytes",
+                hint="the file is damaged; export it again",
+            )
     try:
         return numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"initializer '{tensor.name}' cannot be read: {error}",
-                         hint="the file is damaged; export it again") from error
+        raise ModelError(
+            f"initializer '{tensor.name}' cannot be read: {error}", hint="the file is damaged; export it again"
+        ) from error
 
 
 def _itemsize(tensor: TensorProto) -> int:
     """Bytes of one element, 0 for types that are packed below a byte or have no fixed size."""
-    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or "4" in TensorProto.DataType.Name(
-            tensor.data_type)[-1:]:
+    if (
+        tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED)
+        or "4" in TensorProto.DataType.Name(tensor.data_type)[-1:]
+    ):
         return 0
     try:
         return int(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize)
@@ -118,15 +124,19 @@ def _itemsize(tensor: TensorProto) -> int:
 def _external_array(tensor: TensorProto, path: Path | None) -> np.ndarray:
     """Map a tensor's external data read-only, after checking that it lies inside the model's own folder."""
     if path is None:
-        raise ModelError(f"initializer '{tensor.name}' lies in an external file, but the model has no path",
-                         hint="load it from its file")
+        raise ModelError(
+            f"initializer '{tensor.name}' lies in an external file, but the model has no path",
+            hint="load it from its file",
+        )
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     folder = path.resolve().parent
     target = (folder / location).resolve()
     if not location or Path(location).is_absolute() or folder not in target.parents:
-        raise ModelError(f"initializer '{tensor.name}' points outside the model's folder: '{location}'",
-                         hint="external data must lie beside the model")
+        raise ModelError(
+            f"initializer '{tensor.name}' points outside the model's folder: '{location}'",
+            hint="external data must lie beside the model",
+        )
     if not target.is_file():
         raise ModelError(f"external data file is missing: {folder / location}", hint="copy it beside the model")
     try:
@@ -137,8 +147,10 @@ def _external_array(tensor: TensorProto, path: Path | None) -> np.ndarray:
     shape = tuple(int(size) for size in tensor.dims)
     needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if offset < 0 or min(shape, default=0) < 0 or offset + needed > target.stat().st_size:
-        raise ModelError(f"external data of '{tensor.name}' is {needed} bytes at {offset}, more than {target.name} holds",
-                         hint="the file is truncated; copy it again")
+        raise ModelError(
+            f"external data of '{tensor.name}' is {needed} bytes at {offset}, more than {target.name} holds",
+            hint="the file is truncated; copy it again",
+        )
     if needed == 0:
         return np.zeros(shape, dtype)
     return np.memmap(target, dtype=dtype, mode="r", offset=offset, shape=shape)
@@ -180,8 +192,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise ModelError(f"cannot write into {target.parent}: {error.strerror}",
-                         hint="choose another output with -o") from error
+        raise ModelError(
+            f"cannot write into {target.parent}: {error.strerror}", hint="choose another output with -o"
+        ) from error
     os.close(handle)
     part = Path(name)
     try:

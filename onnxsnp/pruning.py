@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,14 @@ from onnx import helper
 
 from onnxsnp._version import __version__
 from onnxsnp.analysis import Analysis, analyse_model
-from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset, parse_classes
+from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError, VerificationError
 from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
 from onnxsnp.evaluation.verify import Verification, check_proto, difference, masked, tolerance
-from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.normalize import as_graph
-from onnxsnp.model import Model, save
+from onnxsnp.model import Model, save, whole_file
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts, check_plan, fingerprint, keep_highest, read_plan
 from onnxsnp.reconstruction.refit import refit_consumers, refittable
@@ -31,6 +31,7 @@ from onnxsnp.runtime import InputSpec
 from onnxsnp.scoring.criteria import CRITERIA, score
 from onnxsnp.scoring.targets import scoring_target
 from onnxsnp.surgery.apply import Applied, apply, to_model
+from onnxsnp.verbs import choose_preprocess, class_names
 
 COMPENSATIONS = ("none", "refit")
 DEFAULT_SAMPLES = 64  # as many images as the paper uses
@@ -53,7 +54,7 @@ class Options:
     rank: int | None = None
     calibration: Any = None
     samples: int = DEFAULT_SAMPLES
-    preprocess: Preprocess | None = None
+    preprocess: str | Preprocess | None = None
     eval_data: Any = None
     multiple_of: int = 1
     plan: str | Path | Plan | None = None
@@ -78,9 +79,15 @@ class PruneResult:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def prune(source: str | Path | onnx.ModelProto | Model | Analysis, ratio: float | None = None, *,
-          output: str | Path | None = None, dry_run: bool = False, progress: Progress | None = None,
-          **options: Any) -> PruneResult:
+def prune(
+    source: str | Path | onnx.ModelProto | Model | Analysis,
+    ratio: float | None = None,
+    *,
+    output: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult:
     """Prune a model.
 
     Args:
@@ -116,8 +123,9 @@ class _Run:
         if options.criterion not in CRITERIA:
             raise PlanError(f"unknown criterion '{options.criterion}'", hint=f"choose from {', '.join(CRITERIA)}")
         if options.compensation not in COMPENSATIONS:
-            raise PlanError(f"unknown compensation '{options.compensation}'",
-                            hint=f"choose from {', '.join(COMPENSATIONS)}")
+            raise PlanError(
+                f"unknown compensation '{options.compensation}'", hint=f"choose from {', '.join(COMPENSATIONS)}"
+            )
         if options.of not in ("macs", "params"):
             raise PlanError(f"cannot allocate a share of '{options.of}'", hint="choose macs or params")
         if options.multiple_of < 1:
@@ -155,8 +163,9 @@ class _Run:
         proto = original_proto(analysis.model) if unchanged else to_model(applied.graph)
         if not unchanged:
             with self.stage("verify"):
-                proof = Verification(proof.passed, proof.masked_equality, proof.normalised_equality,
-                                     (*check_proto(proto), *proof.checks))
+                proof = Verification(
+                    proof.passed, proof.masked_equality, proof.normalised_equality, (*check_proto(proto), *proof.checks)
+                )
         self._finish(record, analysis, proto, proof, held, output)
         return PruneResult(proto, plan, record)
 
@@ -180,8 +189,10 @@ class _Run:
             raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
         groups = [group for group in analysis.structure.groups if group.kind in scope and group.prunable]
         if not groups:
-            raise PlanError(f"the model has nothing to cut in scope {','.join(scope)}",
-                            hint="onnxsnp inspect lists its groups and the reasons")
+            raise PlanError(
+                f"the model has nothing to cut in scope {','.join(scope)}",
+                hint="onnxsnp inspect lists its groups and the reasons",
+            )
         if from_file:
             counts = allocating.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
         elif options.allocation == "uniform":
@@ -193,15 +204,26 @@ class _Run:
     def _data(self, analysis: Analysis) -> Dataset:
         options = self.options
         specs = input_specs_of(analysis.graph, options.input_shapes)
-        data = open_dataset(options.calibration, specs, samples=options.samples + _HELD_BACK, batch_size=_BATCH,
-                            preprocess=options.preprocess or default_preprocess(analysis), seed=options.seed,
-                            classes=class_names(analysis))
+        data = open_dataset(
+            options.calibration,
+            specs,
+            samples=options.samples + _HELD_BACK,
+            batch_size=_BATCH,
+            preprocess=self._preprocess(analysis, specs),
+            seed=options.seed,
+            classes=class_names(analysis.model.metadata),
+        )
         if data.generated:
             self.notes.append("calibrated on generated inputs; real data of the model's domain does better")
         return data
 
-    def _calibrate(self, analysis: Analysis, data: Dataset, counts: Mapping[str, int] | None,
-                   plan: Plan | None) -> tuple[Statistics, list[Batch], Batch]:
+    def _preprocess(self, analysis: Analysis, specs: Sequence[InputSpec]) -> Preprocess | None:
+        given = self.options.preprocess
+        return given if isinstance(given, Preprocess) else choose_preprocess(specs, analysis.model.metadata, given)
+
+    def _calibrate(
+        self, analysis: Analysis, data: Dataset, counts: Mapping[str, int] | None, plan: Plan | None
+    ) -> tuple[Statistics, list[Batch], Batch]:
         """Measure what the plan needs on all but the last samples, which are held back."""
         options = self.options
         kept = dict(counts or {})
@@ -210,8 +232,11 @@ class _Run:
         cut = [analysis.groups[name] for name, size in kept.items() if size < analysis.groups[name].size]
         needs_scores = plan is None and CRITERIA[options.criterion].needs_qk
         qk = [group for group in cut if group.kind == "qk"] if needs_scores else []
-        tensors = sorted({linear.data for group in cut for linear in refittable(group, analysis.linears)}
-                         ) if options.compensation == "refit" else []
+        tensors = (
+            sorted({linear.data for group in cut for linear in refittable(group, analysis.linears)})
+            if options.compensation == "refit"
+            else []
+        )
         total = data.samples
         seen = min(options.samples, total - min(_HELD_BACK, total // 5))
         with self.stage("calibrate"):
@@ -219,9 +244,18 @@ class _Run:
             first = next(fit)
             batches: Iterable[Batch] = _chain(first, fit)
             if qk or tensors:
-                statistics = collect(analysis.graph, analysis.dependencies, analysis.structure.sites, qk, tensors,
-                                     batches, rank=options.rank, threads=options.threads, provider=options.provider,
-                                     progress=lambda done: self.progress("calibrate", done, seen))
+                statistics = collect(
+                    analysis.graph,
+                    analysis.dependencies,
+                    analysis.structure.sites,
+                    qk,
+                    tensors,
+                    batches,
+                    rank=options.rank,
+                    threads=options.threads,
+                    provider=options.provider,
+                    progress=lambda done: self.progress("calibrate", done, seen),
+                )
             else:
                 statistics = Statistics()
                 for _ in batches:  # the held-back part comes after what the fit would have seen
@@ -234,23 +268,26 @@ class _Run:
         cut = {name: kept for name, kept in counts.items() if kept < analysis.groups[name].size}
         for number, (name, kept) in enumerate(cut.items()):
             group = analysis.groups[name]
-            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears,
-                                    statistics.qk.get(name))
+            target = scoring_target(
+                analysis.graph, analysis.dependencies, group, analysis.linears, statistics.qk.get(name)
+            )
             scores = score(self.options.criterion, target, rng=rng)
             entries.append(GroupPlan(name, group.kind, group.size, group.heads, keep_highest(scores, kept)))
             self.progress("score", number + 1, len(cut))
         return Plan(mark, entries)
 
-    def _cut(self, analysis: Analysis, plan: Plan, statistics: Statistics,
-             sample: Batch) -> tuple[Applied, Verification]:
+    def _cut(
+        self, analysis: Analysis, plan: Plan, statistics: Statistics, sample: Batch
+    ) -> tuple[Applied, Verification]:
         updates: dict[str, np.ndarray] = {}
         if self.options.compensation == "refit":
             with self.stage("refit"):
                 groups = [analysis.groups[entry.id] for entry in plan.groups]
                 cuts = {cut.atom: cut for cut in as_cuts(plan, analysis.groups)}
                 by_id = {group.id: cuts[group.atom] for group in groups if group.atom in cuts}
-                updates = refit_consumers(analysis.graph, analysis.dependencies, groups, by_id, analysis.linears,
-                                          statistics.moments)
+                updates = refit_consumers(
+                    analysis.graph, analysis.dependencies, groups, by_id, analysis.linears, statistics.moments
+                )
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):
@@ -260,27 +297,59 @@ class _Run:
     def _settings(self, data: Dataset) -> dict[str, Any]:
         options = self.options
         scope = options.scope if options.scope is None or isinstance(options.scope, str) else ",".join(options.scope)
-        return {"ratio": options.ratio, "allocation": options.allocation, "of": options.of, "scope": scope,
-                "criterion": options.criterion, "compensation": options.compensation, "rank": options.rank,
-                "samples": options.samples, "calibration": data.description, "multiple_of": options.multiple_of,
-                "seed": options.seed, "version": __version__}
+        return {
+            "ratio": options.ratio,
+            "allocation": options.allocation,
+            "of": options.of,
+            "scope": scope,
+            "criterion": options.criterion,
+            "compensation": options.compensation,
+            "rank": options.rank,
+            "samples": options.samples,
+            "calibration": data.description,
+            "multiple_of": options.multiple_of,
+            "seed": options.seed,
+            "version": __version__,
+        }
 
     def _record(self, analysis: Analysis, plan: Plan, data: Dataset) -> dict[str, Any]:
         cuts = as_cuts(plan, analysis.groups)
         sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
         kept = {entry.id: entry.kept for entry in plan.groups}
-        before, after = ({what: round(analysis.cost.total(what, new)) for what in ("params", "macs")}
-                         for new in (None, sizes))
-        return {"output": None, "before": {**before, "bytes": analysis.model.bytes}, "after": {**after, "bytes": None},
-                "groups": [{"id": group.id, "kind": group.kind, "before": group.size, "heads": group.heads,
-                            "after": kept.get(group.id, group.size)} for group in analysis.structure.groups
-                           if group.kind != "head"],
-                "settings": {**self._settings(data)}, "plan": vars(plan) | {
-                    "version": 1, "groups": [vars(entry) for entry in plan.groups]},
-                "skipped": len(data.skipped), "notes": self.notes, "seconds": self.seconds}
+        before, after = (
+            {what: round(analysis.cost.total(what, new)) for what in ("params", "macs")} for new in (None, sizes)
+        )
+        return {
+            "output": None,
+            "before": {**before, "bytes": analysis.model.bytes},
+            "after": {**after, "bytes": None},
+            "groups": [
+                {
+                    "id": group.id,
+                    "kind": group.kind,
+                    "before": group.size,
+                    "heads": group.heads,
+                    "after": kept.get(group.id, group.size),
+                }
+                for group in analysis.structure.groups
+                if group.kind != "head"
+            ],
+            "settings": {**self._settings(data)},
+            "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
+            "skipped": len(data.skipped),
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
 
-    def _finish(self, record: dict[str, Any], analysis: Analysis, proto: onnx.ModelProto, proof: Verification,
-                held: list[Batch], output: str | Path | None) -> None:
+    def _finish(
+        self,
+        record: dict[str, Any],
+        analysis: Analysis,
+        proto: onnx.ModelProto,
+        proof: Verification,
+        held: list[Batch],
+        output: str | Path | None,
+    ) -> None:
         content = proto.SerializeToString()
         record["after"]["bytes"] = len(content)
         record["verification"] = vars(proof)
@@ -290,27 +359,46 @@ class _Run:
                 record["agreement"] = agreement(original, content, held, self.options.threads)
         if self.options.eval_data is not None:
             record["accuracy"] = self._evaluate(analysis, original, content)
-        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         if output is not None:
             record["output"] = str(output)
             with self.stage("write"):
                 save(proto, output)
+        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        if output is not None:
+            write_record(json.dumps(record, indent=1, allow_nan=False), Path(output).with_suffix(".json"))
 
     def _evaluate(self, analysis: Analysis, original: str | bytes, content: bytes) -> dict[str, Any]:
         options = self.options
         specs = input_specs_of(analysis.graph, options.input_shapes)
-        data = open_dataset(options.eval_data, specs, batch_size=_BATCH, pad_last=True, shuffle=False,
-                            preprocess=options.preprocess or default_preprocess(analysis),
-                            classes=class_names(analysis))
+        data = open_dataset(
+            options.eval_data,
+            specs,
+            batch_size=_BATCH,
+            pad_last=True,
+            shuffle=False,
+            preprocess=self._preprocess(analysis, specs),
+            classes=class_names(analysis.model.metadata),
+        )
         with self.stage("evaluate"):
-            before, after = evaluate_models([original, content], data, threads=options.threads,
-                                            provider=options.provider,
-                                            progress=lambda done, total: self.progress("evaluate", done, total))
+            before, after = evaluate_models(
+                [original, content],
+                data,
+                threads=options.threads,
+                provider=options.provider,
+                progress=lambda done, total: self.progress("evaluate", done, total),
+            )
         return {"before": before.to_dict(), "after": after.to_dict()}
 
 
-def prove(analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.ndarray]],
-          threads: int | None = None) -> Verification:
+def write_record(text: str, path: str | Path) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text)
+
+
+def prove(
+    analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.ndarray]], threads: int | None = None
+) -> Verification:
     """Check a cut graph against the masked original, and the normalised form against the original.
 
     Raises:
@@ -322,15 +410,22 @@ def prove(analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.
     base = analysis.normalized.base
     gap = difference(as_graph(analysis.model), base, feeds, threads)
     if gap > limit:
-        raise VerificationError(f"the normalised model differs from the original by {gap:.1e} of the output",
-                                hint="please report this model; nothing was written")
+        raise VerificationError(
+            f"the normalised model differs from the original by {gap:.1e} of the output",
+            hint="please report this model; nothing was written",
+        )
     expected = masked(base, analysis.graph, analysis.dependencies, applied.cuts, applied.updates)
     error = difference(expected, applied.graph, feeds, threads)
     if error > limit:
-        raise VerificationError(f"the cut model differs from the masked original by {error:.1e} of the output",
-                                hint="please report this model; nothing was written")
-    checks = ("normalised model equals the original", "cut model equals the masked original",
-              f"run at batch {', '.join(str(len(next(iter(feed.values())))) for feed in feeds)}")
+        raise VerificationError(
+            f"the cut model differs from the masked original by {error:.1e} of the output",
+            hint="please report this model; nothing was written",
+        )
+    checks = (
+        "normalised model equals the original",
+        "cut model equals the masked original",
+        f"run at batch {', '.join(str(len(next(iter(feed.values())))) for feed in feeds)}",
+    )
     return Verification(True, error, gap, checks)
 
 
@@ -338,8 +433,13 @@ def agreement(original: str | bytes, content: bytes, batches: Sequence[Batch], t
     """How closely a pruned model follows the original on held-back samples."""
     data = _Held(batches)
     result: Evaluation = evaluate_models([original, content], data, threads=threads)[1]  # type: ignore[arg-type]
-    return {"samples": result.count, "top1": result.agreement, "cosine": result.cosine, "kl": result.kl,
-            "max_abs_difference": result.max_abs_difference}
+    return {
+        "samples": result.count,
+        "top1": result.agreement,
+        "cosine": result.cosine,
+        "kl": result.kl,
+        "max_abs_difference": result.max_abs_difference,
+    }
 
 
 class _Held:
@@ -388,38 +488,16 @@ def input_specs_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = No
     specs = []
     for value in graph.shell.graph.input:
         kind = value.type.tensor_type
-        sizes: list[int | str | None] = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-                                         for dim in kind.shape.dim]
+        sizes: list[int | str | None] = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
+        ]
         given = (shapes or {}).get(value.name)
         if given is not None:
-            sizes = [size if isinstance(size, int) or axis == 0 else int(given[axis])
-                     for axis, size in enumerate(sizes)]
+            sizes = [
+                size if isinstance(size, int) or axis == 0 else int(given[axis]) for axis, size in enumerate(sizes)
+            ]
         specs.append(InputSpec(value.name, tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))))
     return specs
-
-
-def class_names(analysis: Analysis) -> list[str] | None:
-    """Class names in index order, if the model's metadata lists them."""
-    text = analysis.model.metadata.get("classes")
-    return parse_classes(text) if text else None
-
-
-def default_preprocess(analysis: Analysis) -> Preprocess | None:
-    """Preprocessing by the model's own metadata, at its own input size; None for models without an image input."""
-    return preprocess_for(analysis, None)
-
-
-def preprocess_for(analysis: Analysis, name: str | None) -> Preprocess | None:
-    """Preprocessing by preset or file, at the model's input size; None for models without an image input."""
-    from onnxsnp.calibration.data import image_spec, resolve_preprocess
-    from onnxsnp.runtime import channel_axis
-
-    spec = image_spec(input_specs_of(analysis.graph))
-    if spec is None:
-        return None
-    first = 1 if channel_axis(spec) == 3 else 2
-    size = tuple(one if isinstance(one, int) else 224 for one in spec.shape[first:first + 2])
-    return resolve_preprocess(name, analysis.model.metadata, (size[0], size[1]))
 
 
 def original_proto(model: Model) -> onnx.ModelProto:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -21,6 +22,9 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, Namer
 from onnxsnp.scoring.snp import qk_scores
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 
 @dataclass
@@ -73,9 +77,19 @@ class _Operand:
     others: tuple[Axis, ...]
 
 
-def collect(graph: Graph, dependencies: Dependencies, sites: Sequence[Site], qk_groups: Sequence[Group],
-            tensors: Iterable[str], batches: Iterable[Batch], *, rank: int | None = None, threads: int | None = None,
-            provider: str = "cpu", progress: Callable[[int], None] | None = None) -> Statistics:
+def collect(
+    graph: Graph,
+    dependencies: Dependencies,
+    sites: Sequence[Site],
+    qk_groups: Sequence[Group],
+    tensors: Iterable[str],
+    batches: Iterable[Batch],
+    *,
+    rank: int | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
     """Run the data through the instrumented model.
 
     Args:
@@ -111,8 +125,10 @@ def collect(graph: Graph, dependencies: Dependencies, sites: Sequence[Site], qk_
 
 def _add(moments: dict[str, Moments], name: str, second: np.ndarray, total: np.ndarray, entries: int) -> None:
     if not np.isfinite(total).all():
-        raise DataError(f"activation '{name}' is not finite on the calibration data",
-                        hint="check the preprocessing, or the model in float32")
+        raise DataError(
+            f"activation '{name}' is not finite on the calibration data",
+            hint="check the preprocessing, or the model in float32",
+        )
     width = second.shape[0]
     held = moments.setdefault(name, Moments(np.zeros((width, width)), np.zeros(width)))
     held.second += second
@@ -120,12 +136,24 @@ def _add(moments: dict[str, Moments], name: str, second: np.ndarray, total: np.n
     held.count += entries // width
 
 
-def _score(group: Group, dependencies: Dependencies, values: dict[str, np.ndarray], query: _Operand, key: _Operand,
-           rank: int | None, threads: int | None) -> np.ndarray:
+def _score(
+    group: Group,
+    dependencies: Dependencies,
+    values: dict[str, np.ndarray],
+    query: _Operand,
+    key: _Operand,
+    rank: int | None,
+    threads: int | None,
+) -> np.ndarray:
     """SNP scores of one batch: [heads, size]."""
-    return qk_scores(_by_head(group, dependencies, values[query.gram], query), _by_head(
-        group, dependencies, values[key.gram], key), int(values[query.shape]), int(values[key.shape]), rank=rank,
-        threads=threads)
+    return qk_scores(
+        _by_head(group, dependencies, values[query.gram], query),
+        _by_head(group, dependencies, values[key.gram], key),
+        int(values[query.shape]),
+        int(values[key.shape]),
+        rank=rank,
+        threads=threads,
+    )
 
 
 def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand: _Operand) -> np.ndarray:
@@ -137,7 +165,7 @@ def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand
         sizes = [dependencies.size(atom) for atom in atoms]
         loose = next((at for at, atom in enumerate(atoms) if atom not in group.head_atoms), None)
         if loose is not None:  # the batch may be larger or smaller than in the analysis; the heads are not
-            sizes[loose] = gram.shape[index] // int(np.prod(sizes[:loose] + sizes[loose + 1:]))
+            sizes[loose] = gram.shape[index] // int(np.prod(sizes[:loose] + sizes[loose + 1 :]))
         labels.extend(atoms or (None,))
         shape.extend(sizes or [gram.shape[index]])
     heads = [labels.index(atom) for atom in group.head_atoms]
@@ -157,7 +185,7 @@ class _Builder:
         self._half = any(array.dtype.itemsize == 2 for array in graph.weights.values() if array.dtype.kind not in "iu")
         self.outputs: list[str] = []
 
-    def session(self, threads: int | None, provider: str):  # type: ignore[no-untyped-def]
+    def session(self, threads: int | None, provider: str) -> ort.InferenceSession:
         """A session that returns `outputs`."""
         graph = self._graph
         kept = Graph(graph.shell, graph.nodes, graph.weights)
@@ -180,8 +208,11 @@ class _Builder:
         width = self._deps.facts.shapes[tensor][-1]
         flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
         second = self._node("Gemm", [flat, flat], transA=1)
-        ones = self._node("ReduceMean", [flat], axes=[0], keepdims=0) if self._graph.opset < 18 else self._node(
-            "ReduceMean", [flat, self._constant(np.asarray([0]))], keepdims=0)
+        ones = (
+            self._node("ReduceMean", [flat], axes=[0], keepdims=0)
+            if self._graph.opset < 18
+            else self._node("ReduceMean", [flat, self._constant(np.asarray([0]))], keepdims=0)
+        )
         size = self._node("Size", [flat])
         rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
         total = self._node("Mul", [ones, rows])
@@ -210,7 +241,7 @@ class _Builder:
         self._graph.weights[name] = value.astype(np.int64)
         return name
 
-    def _node(self, op: str, inputs: list[str], **attributes: object) -> str:
+    def _node(self, op: str, inputs: list[str], **attributes: Any) -> str:
         name = self._namer(f"onnxsnp.{op}")
         node: NodeProto = helper.make_node(op, inputs, [name], name=name, **attributes)
         self._graph.nodes.append(node)

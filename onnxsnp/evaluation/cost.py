@@ -31,7 +31,7 @@ class CostModel:
 
     Attributes:
         macs: multiply-accumulates of one sample, per operator (MatMul, Gemm, Conv, Einsum, Attention).
-        params: entries of floating-point weights, each weight of the file once; scalars (scales, constants) do not count.
+        params: entries of floating-point weights, each weight of the file once; scalars do not count.
     """
 
     macs: list[Term]
@@ -49,8 +49,7 @@ class CostModel:
         if not sizes:
             return sum(term.value for term in terms)
         ratio = {atom: size / self.dependencies.size(atom) for atom, size in sizes.items()}
-        return sum(term.value * float(np.prod([ratio[atom] for atom in term.atoms if atom in ratio]))
-                   for term in terms)
+        return sum(term.value * float(np.prod([ratio[atom] for atom in term.atoms if atom in ratio])) for term in terms)
 
     def share(self, what: str, atom: int) -> float:
         """Cost of everything that shrinks when a factor is cut."""
@@ -88,8 +87,12 @@ def _node_terms(node: NodeProto, graph: Graph, deps: Dependencies, single: Mappi
         return [term(node.output[0], [(weight, axis) for axis in range(1, len(single[weight]))])]
     if node.op_type == "Einsum":
         terms = attribute(node, "equation", b"").decode().replace(" ", "").split("->")
-        inner = [(name, index) for name, letters in zip(node.input, terms[0].split(","), strict=True)
-                 for index, letter in enumerate(letters) if letter not in terms[-1]]
+        inner = [
+            (name, index)
+            for name, letters in zip(node.input, terms[0].split(","), strict=True)
+            for index, letter in enumerate(letters)
+            if letter not in terms[-1]
+        ]
         unique = {terms[0].split(",")[list(node.input).index(name)][index]: (name, index) for name, index in inner}
         return [term(node.output[0], list(unique.values()))] if len(node.input) == 2 else []
     if node.op_type == "Attention":
@@ -102,8 +105,10 @@ def _attention_terms(node: NodeProto, deps: Dependencies, single: Mapping[str, t
     query, key, output = node.input[0], node.input[1], node.output[0]
     tokens = 2 if len(single[key]) == 4 else 1
     spread = single[key][tokens]
-    return [Term(node.name, float(np.prod(single[name])) * spread, deps.atoms(name) + deps.atoms(key, tokens))
-            for name in (query, output)]
+    return [
+        Term(node.name, float(np.prod(single[name])) * spread, deps.atoms(name) + deps.atoms(key, tokens))
+        for name in (query, output)
+    ]
 
 
 def _parameters(graph: Graph, deps: Dependencies) -> list[Term]:

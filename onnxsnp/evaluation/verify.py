@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,8 +45,9 @@ def tolerance(weights: Mapping[str, np.ndarray]) -> float:
     return {8: 1e-9, 4: 1e-4, 2: 3e-2}.get(min(sizes, default=4), 1e-4)
 
 
-def masked(base: Graph, graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut],
-           updates: Mapping[str, np.ndarray]) -> Graph:
+def masked(
+    base: Graph, graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut], updates: Mapping[str, np.ndarray]
+) -> Graph:
     """The original graph with zeros in place of everything that is cut.
 
     Args:
@@ -124,15 +126,18 @@ def _mean_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer
     clone = NodeProto()
     clone.CopyFrom(node)
     clone.input[0], clone.output[0] = seen, mean
-    return [helper.make_node("Mul", [node.input[0], mask], [seen], name=seen), clone,
-            helper.make_node("Mul", [mean, factor], [node.output[0]], name=namer(f"{node.name}.scaled"))]
+    return [
+        helper.make_node("Mul", [node.input[0], mask], [seen], name=seen),
+        clone,
+        helper.make_node("Mul", [mean, factor], [node.output[0]], name=namer(f"{node.name}.scaled")),
+    ]
 
 
 def _norm_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
     """LayerNormalization spelled out, over the kept channels of the last axis."""
     nodes: list[NodeProto] = []
 
-    def add(op: str, *inputs: str, **attributes: object) -> str:
+    def add(op: str, *inputs: str, **attributes: Any) -> str:
         name = namer(f"{node.name}.{op}")
         nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
         return name
@@ -167,13 +172,16 @@ def check_proto(proto: onnx.ModelProto) -> list[str]:
         onnx.checker.check_model(proto, full_check=False)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError(f"the cut model is not valid ONNX: {str(error).splitlines()[0]}",
-                                hint="please report this; nothing was written") from error
+        raise VerificationError(
+            f"the cut model is not valid ONNX: {str(error).splitlines()[0]}",
+            hint="please report this; nothing was written",
+        ) from error
     return ["checker", "strict shape inference"]
 
 
-def difference(left: Graph, right: Graph, feeds: Sequence[Mapping[str, np.ndarray]],
-               threads: int | None = None) -> float:
+def difference(
+    left: Graph, right: Graph, feeds: Sequence[Mapping[str, np.ndarray]], threads: int | None = None
+) -> float:
     """Largest difference of two graphs' outputs, relative to the largest entry of the first one's.
 
     Raises:

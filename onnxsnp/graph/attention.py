@@ -17,8 +17,26 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.rules import Product
 
-_TRANSPARENT = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape", "Clip", "Max", "Min",
-                "Squeeze", "Unsqueeze", "Transpose", "IsNaN", "Concat", "Expand"}
+_TRANSPARENT = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Where",
+    "Cast",
+    "Identity",
+    "Dropout",
+    "Reshape",
+    "Clip",
+    "Max",
+    "Min",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "IsNaN",
+    "Concat",
+    "Expand",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,9 @@ def find_sites(graph: Graph, dependencies: Dependencies) -> tuple[list[Site], li
     for node in graph.nodes:
         if node.op_type == "Attention" and len(products.get(node.name, [])) == 2:
             score, mix = products[node.name]
-            sites.append(Site("", score.left, score.right, mix.columns, score.rows, score.columns, node.name, node.name))
+            sites.append(
+                Site("", score.left, score.right, mix.columns, score.rows, score.columns, node.name, node.name)
+            )
         elif node.op_type == "Softmax":
             before = _backward(graph, node, producers, products)
             after = _forward(graph, node, readers, products)
@@ -71,8 +91,9 @@ def find_sites(graph: Graph, dependencies: Dependencies) -> tuple[list[Site], li
             elif node.output[0] not in graph.outputs:
                 side = "before" if len(before) != 1 else "after"
                 count = len(before if len(before) != 1 else after)
-                unknown.append(Unrecognised(node.name, f"{count} products of two activations {side} the softmax, "
-                                            "expected 1"))
+                unknown.append(
+                    Unrecognised(node.name, f"{count} products of two activations {side} the softmax, expected 1")
+                )
     names = _scopes([site.score for site in sites])
     return [Site(name, *_fields(site)) for name, site in zip(names, sites, strict=True)], unknown
 
@@ -81,15 +102,23 @@ def _fields(site: Site) -> tuple[Axis, Axis, Axis, Axis, Axis, str, str]:
     return site.query, site.key, site.value, site.query_tokens, site.key_tokens, site.score, site.mix
 
 
-def _site(dependencies: Dependencies, softmax: NodeProto, score: Product, mix: Product,
-          producers: dict[str, NodeProto]) -> Site:
+def _site(
+    dependencies: Dependencies, softmax: NodeProto, score: Product, mix: Product, producers: dict[str, NodeProto]
+) -> Site:
     """Tell query from key by which token axis the softmax runs over, and value from probabilities by reachability."""
     rank = dependencies.facts.rank(softmax.input[0])
-    axis = next((freeze.axis for freeze in dependencies.facts.freezes
-                 if freeze.node == softmax.name and freeze.axis[0] == softmax.input[0]), (softmax.input[0], rank - 1))
+    axis = next(
+        (
+            freeze.axis
+            for freeze in dependencies.facts.freezes
+            if freeze.node == softmax.name and freeze.axis[0] == softmax.input[0]
+        ),
+        (softmax.input[0], rank - 1),
+    )
     over = set(dependencies.atoms(*axis))
     key_is_left = bool(over & set(dependencies.atoms(*score.rows))) and not over & set(
-        dependencies.atoms(*score.columns))
+        dependencies.atoms(*score.columns)
+    )
     query, key = (score.right, score.left) if key_is_left else (score.left, score.right)
     query_tokens, key_tokens = (score.columns, score.rows) if key_is_left else (score.rows, score.columns)
     value_is_left = _reaches(mix.right[0], softmax.output[0], producers)
@@ -111,8 +140,9 @@ def _reaches(tensor: str, source: str, producers: dict[str, NodeProto]) -> bool:
     return False
 
 
-def _backward(graph: Graph, softmax: NodeProto, producers: dict[str, NodeProto],
-              products: dict[str, list[Product]]) -> list[str]:
+def _backward(
+    graph: Graph, softmax: NodeProto, producers: dict[str, NodeProto], products: dict[str, list[Product]]
+) -> list[str]:
     found: list[str] = []
     stack, seen = [softmax.input[0]], set()
     while stack:
@@ -127,8 +157,12 @@ def _backward(graph: Graph, softmax: NodeProto, producers: dict[str, NodeProto],
     return found
 
 
-def _forward(graph: Graph, softmax: NodeProto, readers: dict[str, list[tuple[NodeProto, int]]],
-             products: dict[str, list[Product]]) -> list[str]:
+def _forward(
+    graph: Graph,
+    softmax: NodeProto,
+    readers: dict[str, list[tuple[NodeProto, int]]],
+    products: dict[str, list[Product]],
+) -> list[str]:
     found: list[str] = []
     stack, seen = [softmax.output[0]], set()
     while stack:
@@ -148,7 +182,10 @@ def _scopes(nodes: list[str]) -> list[str]:
     names = []
     for index, node in enumerate(nodes):
         parts = [part for part in re.split(r"[/]", node)[:-1] if part]
-        short = [part for position, part in enumerate(parts)
-                 if position + 1 == len(parts) or not parts[position + 1].startswith(part + ".")]
+        short = [
+            part
+            for position, part in enumerate(parts)
+            if position + 1 == len(parts) or not parts[position + 1].startswith(part + ".")
+        ]
         names.append(".".join(short) if short else f"attention.{index}")
     return names if len(set(names)) == len(names) else [f"attention.{index}" for index in range(len(nodes))]

@@ -50,7 +50,7 @@ class Factors:
         run = [axes] if isinstance(axes, tuple) and len(axes) == 2 and isinstance(axes[0], str) else list(axes)
         found: list[int] = []
         for axis in run:
-            self._expand(self._of_axis[axis], found)  # type: ignore[index]
+            self._expand(self._of_axis[axis], found)
         return tuple(found)
 
     def size(self, atom: int) -> int:
@@ -58,7 +58,7 @@ class Factors:
         return self._size[self._find(atom)]
 
     def unify(self, left: Sequence[int], right: Sequence[int]) -> bool:
-        """Make two products of factors the same; False (and nothing more is done) if their sizes do not factor alike."""
+        """Make two products of factors the same; False (and no more is done) if their sizes do not factor alike."""
         a, b = list(left)[::-1], list(right)[::-1]
         while a and b:
             x, y = self._find(a.pop()), self._find(b.pop())

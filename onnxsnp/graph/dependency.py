@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 
@@ -48,7 +49,7 @@ class Dependencies:
     def why(self, left: Place, right: Place) -> list[str]:
         """The operators on a shortest chain of ties between two places."""
         path = nx.shortest_path(self.graph, left, right)
-        return [self.graph.edges[a, b]["node"] for a, b in zip(path, path[1:], strict=False)]
+        return [self.graph.edges[a, b]["node"] for a, b in pairwise(path)]
 
 
 def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
@@ -60,8 +61,11 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
     """
     facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs)
     used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
-    sizes: dict[Axis, int] = {(name, index): size for name in [*graph.inputs, *sorted(used)]
-                              for index, size in enumerate(shapes.get(name, ()))}
+    sizes: dict[Axis, int] = {
+        (name, index): size
+        for name in [*graph.inputs, *sorted(used)]
+        for index, size in enumerate(shapes.get(name, ()))
+    }
     sizes.update(facts.virtual)
     factors, clashes = solve(facts.ties, sizes)
     network = nx.Graph()

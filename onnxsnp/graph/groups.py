@@ -84,6 +84,7 @@ class _Finder:
     def __init__(self, graph: Graph, dependencies: Dependencies, sites: Sequence[Site]) -> None:
         self.graph, self.deps, self.sites = graph, dependencies, sites
         facts = dependencies.facts
+        self._atoms: dict[str, frozenset[int]] = {}
         self.producers = self._by_atom([role.axis for role in facts.roles if role.kind == "producer"])
         self.consumers = self._by_atom([role.axis for role in facts.roles if role.kind == "consumer"])
         self.joined = self._joined()
@@ -91,8 +92,9 @@ class _Finder:
         for role in facts.statistics:
             for atom in dependencies.atoms(*role.axis):
                 self.statistics.setdefault(atom, role.node)
-        self.convolved = {axis for node in graph.nodes if node.op_type == "Conv"
-                          for axis in ((node.input[1], 0), (node.input[1], 1))}
+        self.convolved = {
+            axis for node in graph.nodes if node.op_type == "Conv" for axis in ((node.input[1], 0), (node.input[1], 1))
+        }
         self.skipped: list[Unrecognised] = []
 
     def _by_atom(self, axes: Sequence[Axis]) -> dict[int, list[Axis]]:
@@ -172,9 +174,17 @@ class _Finder:
             atoms = [atom for atom in self.deps.atoms(*axis) if atom in self.producers]
             if len(atoms) != 1:
                 what = "contracted size" if kind == "qk" else "value size"
-                self.skipped.append(Unrecognised(
-                    site.score, f"{site.name}: {what} is " + ("not produced by a projection (attention over channels "
-                    "or a computed operand)" if not atoms else "several factors at once")))
+                self.skipped.append(
+                    Unrecognised(
+                        site.score,
+                        f"{site.name}: {what} is "
+                        + (
+                            "not produced by a projection (attention over channels or a computed operand)"
+                            if not atoms
+                            else "several factors at once"
+                        ),
+                    )
+                )
                 continue
             atom = atoms[0]
             common = self._common(atom)
@@ -192,29 +202,46 @@ class _Finder:
 
     def _common(self, atom: int) -> tuple[int, ...]:
         """Factors present in every tensor that has `atom`, in the order of the first producing weight."""
-        common: set[int] | None = None
+        common: frozenset[int] | None = None
         for tensor in {place[0] for place in self.deps.places[atom]}:
             here = self._tensor_atoms(tensor)
             common = here if common is None else common & here
-        common = (common or set()) - {atom}
+        common = (common or frozenset()) - {atom}
         weight, axis = self.producers[atom][0]
         return tuple(other for other in self.deps.atoms(weight, axis) if other in common)
 
-    def _tensor_atoms(self, tensor: str) -> set[int]:
-        if tensor in self.deps.facts.shapes:
-            return set(self.deps.atoms(tensor))
-        return {atom for axis in self.deps.facts.virtual if axis[0] == tensor for atom in self.deps.atoms(*axis)}
+    def _tensor_atoms(self, tensor: str) -> frozenset[int]:
+        if tensor not in self._atoms:
+            self._atoms[tensor] = frozenset(
+                self.deps.atoms(tensor)
+                if tensor in self.deps.facts.shapes
+                else [atom for axis in self.deps.facts.virtual if axis[0] == tensor for atom in self.deps.atoms(*axis)]
+            )
+        return self._atoms[tensor]
 
     def _group(self, name: str, kind: str, atom: int, site: int | None, heads: tuple[int, ...]) -> Group:
         count = 1
         for head in heads:
             count *= self.deps.size(head)
         weights = tuple(place for place in self.deps.places[atom] if place[0] in self.graph.weights)
-        return Group(name, kind, self.deps.size(atom), count, atom, heads, weights, tuple(self.producers.get(atom, ())),
-                     tuple(self.consumers.get(atom, ())), site, tuple(self._reasons(kind, atom)))
+        return Group(
+            name,
+            kind,
+            self.deps.size(atom),
+            count,
+            atom,
+            heads,
+            weights,
+            tuple(self.producers.get(atom, ())),
+            tuple(self.consumers.get(atom, ())),
+            site,
+            tuple(self._reasons(kind, atom)),
+        )
 
     def _reasons(self, kind: str, atom: int) -> list[str]:
-        reasons = list(dict.fromkeys(f"{freeze.reason} (at {freeze.node})" for freeze in self.deps.frozen.get(atom, [])))
+        reasons = list(
+            dict.fromkeys(f"{freeze.reason} (at {freeze.node})" for freeze in self.deps.frozen.get(atom, []))
+        )
         if kind != "residual" and atom in self.statistics:
             reasons.append(f"a normalisation runs over it (at {self.statistics[atom]})")
         for tensor in {place[0] for place in self.deps.places[atom]}:

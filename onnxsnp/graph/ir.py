@@ -1,13 +1,13 @@
 """The working graph: nodes, and weights as numpy arrays that every session and every copy shares.
 
-onnx protobufs hold weights as bytes inside the nodes' message, so each copy of a model copies its weights. Pruning needs
-several variants of one model at a time (measured, masked, cut), so here the weights stand beside the nodes: copies of a
-`Graph` share them, and `session` hands them to onnxruntime without a second copy.
+onnx protobufs hold weights as bytes inside the model's message, so each copy of a model copies its weights. Pruning
+needs several variants of one model at a time (measured, masked, cut), so here the weights stand beside the nodes:
+copies of a `Graph` share them, and `session` hands them to onnxruntime without a second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +118,14 @@ class Graph:
             model.graph.initializer.append(to_tensor(array, name))
         return model
 
-    def session(self, outputs: Sequence[str] | None = None, *, threads: int | None = None, provider: str = "cpu",
-                optimize: bool = True) -> ort.InferenceSession:
+    def session(
+        self,
+        outputs: Sequence[str] | None = None,
+        *,
+        threads: int | None = None,
+        provider: str = "cpu",
+        optimize: bool = True,
+    ) -> ort.InferenceSession:
         """Open an onnxruntime session on this graph; the weights are shared with it, not copied into the proto.
 
         Args:
@@ -146,8 +152,9 @@ class Graph:
             else:
                 model.graph.initializer.append(_external(name, array))
                 shared[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
-        return open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize,
-                            weights=shared)
+        return open_session(
+            model.SerializeToString(), threads=threads, provider=provider, optimize=optimize, weights=shared
+        )
 
 
 def subgraph_reads(node: NodeProto) -> list[str]:
@@ -242,8 +249,7 @@ def topological(nodes: Sequence[NodeProto], known: Iterable[str]) -> list[NodePr
     if len(order) < len(nodes):
         done = {id(node) for node in order}
         stuck = next(node for node in nodes if id(node) not in done)
-        raise ModelError("the graph has a cycle, or reads a tensor that nothing computes",
-                         node=stuck.name or stuck.op_type)
+        raise ModelError(
+            "the graph has a cycle, or reads a tensor that nothing computes", node=stuck.name or stuck.op_type
+        )
     return order
-
-

@@ -43,13 +43,21 @@ def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
     for node in graph.nodes:
         for slot, name in enumerate(node.input[:2]):
             if name in consumed and name in emitted and name in graph.weights:
-                found[name] = Linear(node.name, node.op_type, node.input[1 - slot], name, consumed[name],
-                                     emitted[name], _bias(graph, node, emitted[name], name, readers))
+                found[name] = Linear(
+                    node.name,
+                    node.op_type,
+                    node.input[1 - slot],
+                    name,
+                    consumed[name],
+                    emitted[name],
+                    _bias(graph, node, emitted[name], name, readers),
+                )
     return found
 
 
-def _bias(graph: Graph, node: NodeProto, outer: int, weight: str,
-          readers: Mapping[str, list[tuple[NodeProto, int]]]) -> str | None:
+def _bias(
+    graph: Graph, node: NodeProto, outer: int, weight: str, readers: Mapping[str, list[tuple[NodeProto, int]]]
+) -> str | None:
     """The operator's own bias, or the constant that its only reader adds."""
     if node.op_type in ("Gemm", "Conv"):
         return node.input[2] if len(node.input) > 2 and node.input[2] in graph.weights else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper, inliner, numpy_helper
 
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
@@ -74,7 +74,7 @@ def as_graph(model: Model) -> Graph:
     """The model as a `Graph` with inlined functions, named nodes, and constants as weights."""
     proto = model.proto
     if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+        proto = inliner.inline_local_functions(proto)
     shell = onnx.ModelProto()
     shell.CopyFrom(proto)
     nodes = list(shell.graph.node)
@@ -93,24 +93,33 @@ def as_graph(model: Model) -> Graph:
     namer = Namer(set())
     for node in nodes:
         node.name = namer(node.name or node.op_type)
-    missing = [name for name in graph.outputs
-               if name not in graph.producers() and name not in weights and name not in graph.inputs]
+    missing = [
+        name
+        for name in graph.outputs
+        if name not in graph.producers() and name not in weights and name not in graph.inputs
+    ]
     if missing:
         raise ModelError(f"nothing computes the model's output '{missing[0]}'", hint="export the model again")
     graph.drop_dead()
     return graph
 
 
-def _collect_constants(nodes: Sequence[NodeProto], weights: dict[str, np.ndarray],
-                       outputs: set[str]) -> tuple[list[NodeProto], dict[str, str]]:
+def _collect_constants(
+    nodes: Sequence[NodeProto], weights: dict[str, np.ndarray], outputs: set[str]
+) -> tuple[list[NodeProto], dict[str, str]]:
     """Move Constant values to the weights and resolve Identity aliases of weights."""
-    kept, alias = [], {}
+    kept: list[NodeProto] = []
+    alias: dict[str, str] = {}
     captured = {name for node in nodes for name in subgraph_reads(node)}
     for node in nodes:
         if node.op_type == "Constant" and node.output[0] not in outputs:
             weights[node.output[0]] = _constant_value(node)
-        elif (node.op_type == "Identity" and alias.get(node.input[0], node.input[0]) in weights
-              and node.output[0] not in outputs and node.output[0] not in captured):
+        elif (
+            node.op_type == "Identity"
+            and alias.get(node.input[0], node.input[0]) in weights
+            and node.output[0] not in outputs
+            and node.output[0] not in captured
+        ):
             alias[node.output[0]] = alias.get(node.input[0], node.input[0])
         else:
             kept.append(node)
@@ -175,13 +184,17 @@ def _fix_reshapes(graph: Graph, measured: Probe) -> None:
         source, target = node.input[0], node.output[0]
         if source not in measured.shapes:
             continue
-        sizes = [-1 if moving else size for size, moving in
-                 zip(measured.shapes[target], measured.dynamic[target], strict=True)]
+        sizes = [
+            -1 if moving else size
+            for size, moving in zip(measured.shapes[target], measured.dynamic[target], strict=True)
+        ]
         if sizes.count(-1) > 1:
             before = measured.shapes[source], measured.dynamic[source]
             for axis in range(min(len(sizes), len(before[0]))):
-                same = all(moving == other for moving, other in
-                           zip(measured.dynamic[target][:axis + 1], before[1], strict=False))
+                same = all(
+                    moving == other
+                    for moving, other in zip(measured.dynamic[target][: axis + 1], before[1], strict=False)
+                )
                 if sizes[axis] == -1 and before[1][axis] and same and before[0][axis] == measured.shapes[target][axis]:
                     sizes[axis] = 0
         if sizes.count(-1) > 1 or 0 in measured.shapes[target]:

@@ -61,18 +61,20 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
         instrumented.nodes.append(helper.make_node("Shape", [name], [f"{_TAG}{index}"], name=f"{_TAG}{index}"))
     wanted = [f"{_TAG}{index}" for index in range(len(computed))] + frontier
     session = instrumented.session(wanted, optimize=False)
-    runs = []
+    runs: list[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]] = []
     for shapes in _assignments(graph, sizes or {}):
         try:
             results = session.run(None, _feeds(graph, shapes))
         except Exception as error:  # onnxruntime has no exception type of its own for a failed run
             if not runs:
-                raise ModelError(f"the model does not run on inputs of shape {_brief(shapes)}: "
-                                 f"{str(error).splitlines()[0]}", hint="give its sizes with --input-shape") from error
+                raise ModelError(
+                    f"the model does not run on inputs of shape {_brief(shapes)}: {str(error).splitlines()[0]}",
+                    hint="give its sizes with --input-shape",
+                ) from error
             continue  # sizes the model does not allow; those it was first run with stand
         measured = {name: tuple(int(size) for size in shape) for name, shape in zip(computed, results, strict=False)}
         measured.update({name: tuple(shape) for name, shape in shapes.items()})
-        runs.append((measured, dict(zip(frontier, results[len(computed):], strict=True))))
+        runs.append((measured, dict(zip(frontier, results[len(computed) :], strict=True))))
     return _compare(graph, runs, constant)
 
 
@@ -96,8 +98,7 @@ def _derived(graph: Graph) -> tuple[set[str], set[str]]:
 def _frontier(graph: Graph, names: Sequence[str]) -> list[str]:
     """Those of the derived tensors that a node outside the derived part reads."""
     inside = set(names)
-    read = {name for node in graph.nodes if not all(out in inside for out in node.output if out)
-            for name in node.input}
+    read = {name for node in graph.nodes if not all(out in inside for out in node.output if out) for name in node.input}
     return [name for name in names if name in read]
 
 
@@ -107,42 +108,45 @@ def _tensor_names(graph: Graph) -> set[str]:
     model.CopyFrom(graph.shell)
     model.graph.node.extend(graph.nodes)
     for name, array in graph.weights.items():
-        model.graph.input.append(helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+        model.graph.input.append(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        )
     inferred = onnx.shape_inference.infer_shapes(model)
     other = {value.name for value in inferred.graph.value_info if value.type.WhichOneof("value") != "tensor_type"}
     return {name for node in graph.nodes for name in node.output if name and name not in other}
 
 
 def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[int, ...]]]:
-    """Input shapes to run with: two or three that differ in every symbolic size, or one if none is symbolic."""
+    """Input shapes to run with; every symbolic size takes two values. One assignment if none is symbolic."""
     first: dict[str, int] = {}
-    shapes: list[dict[str, tuple[int, ...]]] = [{}, {}, {}]
+    shapes: list[dict[str, tuple[int, ...]]] = [{}, {}]
     for value in graph.shell.graph.input:
         dims = value.type.tensor_type.shape.dim
         given = sizes.get(value.name)
         if given is not None and len(given) != len(dims):
-            raise ModelError(f"--input-shape gives '{value.name}' {len(given)} sizes, the model's input has {len(dims)}")
-        for run in range(3):
+            raise ModelError(
+                f"--input-shape gives '{value.name}' {len(given)} sizes, the model's input has {len(dims)}"
+            )
+        for run in range(2):
             found = []
             for axis, dim in enumerate(dims):
                 if dim.HasField("dim_value") and dim.dim_value > 0:
                     found.append(dim.dim_value)
                 elif axis == 0:
-                    found.append((2, 3, 1)[run])
+                    found.append((2, 1)[run])
                 else:
                     key = dim.dim_param or f"{value.name}.{axis}"
                     base = int(given[axis]) if given is not None else _IMAGE if len(dims) == 4 else _SEQUENCE
                     start = first.setdefault(key, base)
-                    found.append(start + (0, 32 if len(dims) == 4 else 8, 0)[run])
+                    found.append(start + (0, 32 if len(dims) == 4 else 8)[run])
             shapes[run][value.name] = tuple(found)
     if shapes[0] == shapes[1]:
         return shapes[:1]
     if all(shapes[0][name][1:] == shapes[1][name][1:] for name in shapes[0]):
         return shapes
-    # sizes beyond the batch are symbolic too; a model may allow only one of them, so vary the batch alone as well
+    # sizes beyond the batch are symbolic too; a model may allow only one value of them, so vary the batch alone as well
     batch_only = {name: (shapes[1][name][0], *shape[1:]) for name, shape in shapes[0].items()}
-    return [shapes[0], batch_only, shapes[1], shapes[2]]
+    return [shapes[0], batch_only, shapes[1]]
 
 
 def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -155,29 +159,40 @@ def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
         dtype = helper.tensor_dtype_to_np_dtype(elem)
         shape = shapes[value.name]
         if int(np.prod(shape, dtype=np.int64)) > 2**30:
-            raise ModelError(f"input '{value.name}' declares {shape}, too large to run",
-                             hint="give its sizes with --input-shape")
+            raise ModelError(
+                f"input '{value.name}' declares {shape}, too large to run", hint="give its sizes with --input-shape"
+            )
         whole = np.dtype(dtype).kind in "iub"
         feeds[value.name] = np.ones(shape, dtype) if whole else rng.standard_normal(shape).astype(dtype)
     return feeds
 
 
-def _compare(graph: Graph, runs: Sequence[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]],
-             constant: set[str]) -> Probe:
+def _compare(
+    graph: Graph, runs: Sequence[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]], constant: set[str]
+) -> Probe:
     shapes, values = runs[0]
     dynamic = {}
     for name, shape in shapes.items():
         others = [run[0][name] for run in runs[1:]]
-        dynamic[name] = tuple(any(len(other) != len(shape) or other[axis] != size for other in others)
-                              for axis, size in enumerate(shape))
+        dynamic[name] = tuple(
+            any(len(other) != len(shape) or other[axis] != size for other in others) for axis, size in enumerate(shape)
+        )
     shapes = {**shapes, **{name: array.shape for name, array in graph.weights.items()}}
     dynamic.update({name: (False,) * array.ndim for name, array in graph.weights.items()})
-    single = {**(runs[-1][0] if len(runs) > 1 else shapes), **{n: a.shape for n, a in graph.weights.items()}}
-    fixed = {name: value for name, value in values.items()
-             if isinstance(value, np.ndarray)
-             and all(np.array_equal(value, run[1][name], equal_nan=value.dtype.kind == "f") for run in runs[1:])}
-    return Probe(shapes, dynamic, single, {name: value for name, value in fixed.items() if name in constant},
-                 {name: value for name, value in fixed.items() if name not in constant})
+    single = {**(runs[1][0] if len(runs) > 1 else shapes), **{n: a.shape for n, a in graph.weights.items()}}
+    fixed = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, np.ndarray)
+        and all(np.array_equal(value, run[1][name], equal_nan=value.dtype.kind == "f") for run in runs[1:])
+    }
+    return Probe(
+        shapes,
+        dynamic,
+        single,
+        {name: value for name, value in fixed.items() if name in constant},
+        {name: value for name, value in fixed.items() if name not in constant},
+    )
 
 
 def _brief(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,8 +1,8 @@
 """What each operator says about its axes: `{op_type: rule}`, one small function per operator.
 
-A rule gets a node and a `Facts` to write to. For every axis of every input it must do one of three things: tie it to
-other axes, say that the operator contracts it, or freeze it with a reason. An operator without a rule freezes every axis
-it touches, so an unknown operator can cost pruning but never correctness.
+A rule gets a node and a `Facts` to write to. For every axis of every input it must do one of three things: tie it
+to other axes, say that the operator contracts it, or freeze it with a reason. An operator without a rule freezes
+every axis it touches, so an unknown operator can cost pruning but never correctness.
 """
 
 from __future__ import annotations
@@ -122,9 +122,14 @@ def axes_of(facts: Facts, name: str) -> list[Axis]:
     return [(name, index) for index in range(facts.rank(name))]
 
 
-def gather_facts(nodes: Sequence[NodeProto], shapes: Mapping[str, tuple[int, ...]],
-                 weights: Mapping[str, np.ndarray], opset: int, inputs: Sequence[str],
-                 outputs: Sequence[str]) -> Facts:
+def gather_facts(
+    nodes: Sequence[NodeProto],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, np.ndarray],
+    opset: int,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> Facts:
     """Apply the rules to every node; graph inputs and outputs are frozen, since callers see their sizes."""
     facts = Facts(shapes, weights, opset)
     for node in nodes:
@@ -188,12 +193,28 @@ def _matmul(node: NodeProto, facts: Facts) -> None:
             target = out - rank + index
             if facts.shapes[name][index] == facts.shapes[output][target]:
                 facts.same((name, index), (output, target))
-    _multiply(facts, left, right, inner_left, inner_right, (left, a - 2) if a > 1 else None,
-              (right, b - 1) if b > 1 else None, output)
+    _multiply(
+        facts,
+        left,
+        right,
+        inner_left,
+        inner_right,
+        (left, a - 2) if a > 1 else None,
+        (right, b - 1) if b > 1 else None,
+        output,
+    )
 
 
-def _multiply(facts: Facts, left: str, right: str, inner_left: Axis, inner_right: Axis, rows: Axis | None,
-              columns: Axis | None, output: str) -> None:
+def _multiply(
+    facts: Facts,
+    left: str,
+    right: str,
+    inner_left: Axis,
+    inner_right: Axis,
+    rows: Axis | None,
+    columns: Axis | None,
+    output: str,
+) -> None:
     """Record what a matrix product is: a projection by a weight, or a product of two activations."""
     for name, inner, kept in ((right, inner_right, columns), (left, inner_left, rows)):
         if name in facts.weights:
@@ -226,8 +247,11 @@ def _gemm(node: NodeProto, facts: Facts) -> None:
 def _einsum(node: NodeProto, facts: Facts) -> None:
     equation = attribute(node, "equation", b"").decode().replace(" ", "")
     names = [*node.input, *node.output]
-    if "->" not in equation or "." in equation or any(
-            len(set(term)) != len(term) for term in equation.replace("->", ",").split(",")):
+    if (
+        "->" not in equation
+        or "." in equation
+        or any(len(set(term)) != len(term) for term in equation.replace("->", ",").split(","))
+    ):
         facts.freeze_all(names, f"einsum '{equation}' is not a plain product")
         return
     terms = equation.replace("->", ",").split(",")
@@ -246,12 +270,21 @@ def _einsum(node: NodeProto, facts: Facts) -> None:
             facts.freeze(places[letter][0], f"summed over in einsum '{equation}'")
         return
     left, right = node.input
-    own = [[letter for letter in term if letter not in other] for term, other in
-           ((terms[0], terms[1]), (terms[1], terms[0]))]
+    own = [
+        [letter for letter in term if letter not in other]
+        for term, other in ((terms[0], terms[1]), (terms[1], terms[0]))
+    ]
     at = {name: term.index for name, term in zip(names[:2], terms[:2], strict=True)}
-    _multiply(facts, left, right, (left, at[left](inner[0])), (right, at[right](inner[0])),
-              (left, at[left](own[0][0])) if own[0] else None,
-              (right, at[right](own[1][0])) if own[1] else None, node.output[0])
+    _multiply(
+        facts,
+        left,
+        right,
+        (left, at[left](inner[0])),
+        (right, at[right](inner[0])),
+        (left, at[left](own[0][0])) if own[0] else None,
+        (right, at[right](own[1][0])) if own[1] else None,
+        node.output[0],
+    )
 
 
 def _conv(node: NodeProto, facts: Facts) -> None:
@@ -419,8 +452,9 @@ def _slice(node: NodeProto, facts: Facts) -> None:
         facts.freeze((output, axis), "part of an axis taken by Slice")
 
 
-def _slice_arguments(node: NodeProto, facts: Facts) -> tuple[
-        Sequence[int] | None, Sequence[int] | None, Sequence[int] | None, Sequence[int] | None]:
+def _slice_arguments(
+    node: NodeProto, facts: Facts
+) -> tuple[Sequence[int] | None, Sequence[int] | None, Sequence[int] | None, Sequence[int] | None]:
     """starts, ends, axes, steps; each None where it is computed at run time."""
     if len(node.input) < 2:  # before opset 10
         starts, ends = attribute(node, "starts"), attribute(node, "ends")
@@ -480,9 +514,15 @@ def _attention(node: NodeProto, facts: Facts) -> None:
         facts.freeze_all(names, "Attention with a key/value cache or extra outputs")
         return
     heads_q, heads_kv = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
-    q, k, v, y = (_heads_apart(facts, name, heads, node.name) for name, heads in
-                  ((node.input[0], heads_q), (node.input[1], heads_kv), (node.input[2], heads_kv),
-                   (node.output[0], heads_q)))
+    q, k, v, y = (
+        _heads_apart(facts, name, heads, node.name)
+        for name, heads in (
+            (node.input[0], heads_q),
+            (node.input[1], heads_kv),
+            (node.input[2], heads_kv),
+            (node.output[0], heads_q),
+        )
+    )
     facts.same(q[3], k[3])
     facts.same(v[3], y[3])
     facts.same(k[2], v[2])
@@ -527,10 +567,64 @@ def _made_at_run_time(node: NodeProto, facts: Facts) -> None:
     facts.freeze_all(node.output, f"{node.op_type} makes it at run time")
 
 
-_UNARY = ("Abs Cast CastLike Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu "
-          "Log Mish Neg Not Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tanh "
-          "ThresholdedRelu").split()
-_BINARY = "And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Where Xor".split()
+_UNARY = [
+    "Abs",
+    "Cast",
+    "CastLike",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Cos",
+    "Dropout",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsInf",
+    "IsNaN",
+    "LeakyRelu",
+    "Log",
+    "Mish",
+    "Neg",
+    "Not",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Swish",
+    "Tanh",
+    "ThresholdedRelu",
+]
+_BINARY = [
+    "And",
+    "Div",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "Max",
+    "Mean",
+    "Min",
+    "Mod",
+    "Mul",
+    "Or",
+    "PRelu",
+    "Pow",
+    "Sub",
+    "Where",
+    "Xor",
+]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY, _unary),
@@ -538,8 +632,20 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Add", "Sum"), _add),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _regroup),
     **dict.fromkeys(("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"), _pool),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd",
-                     "ReduceSumSquare", "ReduceLogSumExp"), _reduce),
+    **dict.fromkeys(
+        (
+            "ReduceMean",
+            "ReduceSum",
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceProd",
+            "ReduceSumSquare",
+            "ReduceLogSumExp",
+        ),
+        _reduce,
+    ),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Shape", "Size"), _reads_sizes),
     **dict.fromkeys(("ConstantOfShape", "Range"), _made_at_run_time),

@@ -30,8 +30,10 @@ def parse_scope(text: str | Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in SCOPES:
             near = get_close_matches(name, SCOPES, 1)
-            raise PlanError(f"unknown scope '{name}'", hint=f"did you mean '{near[0]}'?" if near else
-                            f"choose from {', '.join(SCOPES)}")
+            raise PlanError(
+                f"unknown scope '{name}'",
+                hint=f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(SCOPES)}",
+            )
     if not names:
         raise PlanError("the scope is empty", hint=f"choose from {', '.join(SCOPES)}")
     return tuple(dict.fromkeys(names))
@@ -51,7 +53,7 @@ def check_ratio(ratio: float) -> float:
 def keep_count(size: int, removed: float, multiple: int = 1) -> int:
     """Neurons that stay when `removed` (a real number) of `size` go: rounded to `multiple`, at least one multiple."""
     kept = size - removed
-    rounded = int(round(kept / multiple)) * multiple
+    rounded = round(kept / multiple) * multiple
     return min(size, max(rounded, min(multiple, size)))
 
 
@@ -64,8 +66,9 @@ def uniform(groups: Sequence[Group], ratio: float, multiple: int = 1) -> dict[st
     return {group.id: keep_count(group.size, ratio * group.size, multiple) for group in groups}
 
 
-def to_cost(groups: Sequence[Group], cost: CostModel, share: float, what: str = "macs",
-            multiple: int = 1) -> dict[str, int]:
+def to_cost(
+    groups: Sequence[Group], cost: CostModel, share: float, what: str = "macs", multiple: int = 1
+) -> dict[str, int]:
     """The one ratio, for every group alike, that removes the asked share of the model's cost.
 
     A ratio moves groups of equal size by a neuron all at once, which is coarse; so the ratio is taken just below the
@@ -82,16 +85,23 @@ def to_cost(groups: Sequence[Group], cost: CostModel, share: float, what: str = 
     target = total * (1 - share)
 
     def counts(ratio: float) -> dict[str, int]:
-        return {group.id: min(group.size, max(min(multiple, group.size),
-                math.ceil((group.size * (1 - ratio)) / multiple - 1e-9) * multiple)) for group in groups}
+        return {
+            group.id: min(
+                group.size,
+                max(min(multiple, group.size), math.ceil((group.size * (1 - ratio)) / multiple - 1e-9) * multiple),
+            )
+            for group in groups
+        }
 
     def price(kept: Mapping[str, int]) -> float:
         return cost.total(what, {group.atom: kept[group.id] for group in groups if kept[group.id] < group.size})
 
     least = price(counts(1.0))
     if least > target * (1 + 1e-9) and total > 0:
-        raise PlanError(f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
-                        hint="lower --ratio or widen --scope")
+        raise PlanError(
+            f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
+            hint="lower --ratio or widen --scope",
+        )
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -100,13 +110,16 @@ def to_cost(groups: Sequence[Group], cost: CostModel, share: float, what: str = 
     _trim(groups, kept, low, multiple, price, target)
     got = 1 - price(kept) / total
     if share and abs(got - share) > TOLERANCE * share + 1e-9:
-        raise PlanError(f"sizes in steps of {multiple} remove {got:.1%} of the {what}, not {share:.1%}",
-                        hint="lower --multiple-of or change --ratio")
+        raise PlanError(
+            f"sizes in steps of {multiple} remove {got:.1%} of the {what}, not {share:.1%}",
+            hint="lower --multiple-of or change --ratio",
+        )
     return kept
 
 
-def _trim(groups: Sequence[Group], kept: dict[str, int], ratio: float, multiple: int, price: Any,
-          target: float) -> None:
+def _trim(
+    groups: Sequence[Group], kept: dict[str, int], ratio: float, multiple: int, price: Any, target: float
+) -> None:
     """Take single steps from the groups that rounding left furthest above their share, until the target is met."""
     order = sorted(groups, key=lambda group: kept[group.id] - group.size * (1 - ratio), reverse=True)
     now = price(kept)
@@ -142,8 +155,10 @@ def from_file(reference: str, groups: Sequence[Group], multiple: int = 1, scoped
         if group is None and scoped and all(g.kind != name.split(".")[0] for g in groups):
             continue
         if group is None:
-            raise PlanError(f"{reference} gives a ratio for '{name}', which this model does not have or cannot cut",
-                            hint="onnxsnp inspect lists the groups")
+            raise PlanError(
+                f"{reference} gives a ratio for '{name}', which this model does not have or cannot cut",
+                hint="onnxsnp inspect lists the groups",
+            )
         kept[group.id] = keep_count(group.size, check_ratio(ratio) * group.size, multiple)
     return kept
 
@@ -165,8 +180,10 @@ def _read_ratios(reference: str) -> dict[str, float]:
             entry = next(iter(models))
         if entry not in models:
             near = get_close_matches(entry, models, 1)
-            raise PlanError(f"{path} has no entry '{entry}'", hint=f"did you mean '{near[0]}'?" if near else
-                            f"add one of :{', :'.join(models)}")
+            raise PlanError(
+                f"{path} has no entry '{entry}'",
+                hint=f"did you mean '{near[0]}'?" if near else f"add one of :{', :'.join(models)}",
+            )
         data = models[entry]
     if not isinstance(data, dict):
         raise PlanError(f"{path} does not hold ratios by kind")
@@ -202,6 +219,8 @@ def _by_module(data: Mapping[str, Any], path: str) -> dict[str, float]:
         elif re.fullmatch(r"add(?:_\d+)?", name):
             ratios["residual"] = float(value)
         else:
-            raise PlanError(f"{path} names '{name}', which is not a known kind or module",
-                            hint="use query_key, value, ffn, residual, or matmul_N, blocks_N_mlp_fc1, add_N")
+            raise PlanError(
+                f"{path} names '{name}', which is not a known kind or module",
+                hint="use query_key, value, ffn, residual, or matmul_N, blocks_N_mlp_fc1, add_N",
+            )
     return ratios

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,22 @@ class Plan:
             data = json.loads(text)
             if data["version"] != _VERSION:
                 raise PlanError(f"{where} has plan version {data['version']}, this program reads {_VERSION}")
-            groups = [GroupPlan(str(item["id"]), str(item["kind"]), int(item["size"]), int(item["heads"]),
-                                [[int(index) for index in head] for head in item["keep"]]) for item in data["groups"]]
+            groups = [
+                GroupPlan(
+                    str(item["id"]),
+                    str(item["kind"]),
+                    int(item["size"]),
+                    int(item["heads"]),
+                    [[int(index) for index in head] for head in item["keep"]],
+                )
+                for item in data["groups"]
+            ]
             return Plan(str(data["model"]), groups, dict(data["settings"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"{where} is not a plan: {type(error).__name__} {error}",
-                            hint="plans are written with --dry-run -o FILE, or found in the run record") from error
+            raise PlanError(
+                f"{where} is not a plan: {type(error).__name__} {error}",
+                hint="plans are written with --dry-run -o FILE, or found in the run record",
+            ) from error
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -106,8 +116,11 @@ def fingerprint(model: Model) -> str:
         digest.update(node.op_type.encode() + b"\0" + "\0".join([*node.input, "", *node.output]).encode())
     for name in sorted(model.weights):
         digest.update(name.encode())
-        digest.update(np.asarray(model.weights[name], order="C").view(np.uint8).data
-                      if model.weights[name].ndim else model.weights[name].tobytes())
+        digest.update(
+            np.asarray(model.weights[name], order="C").view(np.uint8).data
+            if model.weights[name].ndim
+            else model.weights[name].tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -134,8 +147,11 @@ def check_plan(plan: Plan, groups: Mapping[str, Group], model: str) -> None:
 
 def as_cuts(plan: Plan, groups: Mapping[str, Group]) -> list[Cut]:
     """The plan in terms of the graph's factors; groups that keep everything are left out."""
-    return [Cut(groups[entry.id].atom, groups[entry.id].head_atoms, np.asarray(entry.keep, np.int64))
-            for entry in plan.groups if entry.kept < entry.size]
+    return [
+        Cut(groups[entry.id].atom, groups[entry.id].head_atoms, np.asarray(entry.keep, np.int64))
+        for entry in plan.groups
+        if entry.kept < entry.size
+    ]
 
 
 def keep_highest(scores: np.ndarray, kept: int) -> list[list[int]]:
@@ -147,5 +163,3 @@ def keep_highest(scores: np.ndarray, kept: int) -> list[list[int]]:
     """
     order = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
     return [sorted(int(index) for index in row) for row in order]
-
-

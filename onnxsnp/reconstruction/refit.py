@@ -30,12 +30,16 @@ def refittable(group: Group, linears: Mapping[str, Linear]) -> list[Linear]:
     """The projections whose input is the group's neurons, features last, so that they can be refitted."""
     if group.kind not in ("v", "ffn", "head"):
         return []
-    return [linears[weight] for weight, axis in group.consumers
-            if weight in linears and linears[weight].op in ("MatMul", "Gemm") and linears[weight].inner == axis]
+    return [
+        linears[weight]
+        for weight, axis in group.consumers
+        if weight in linears and linears[weight].op in ("MatMul", "Gemm") and linears[weight].inner == axis
+    ]
 
 
-def solve(weight: np.ndarray, moments: Moments, keep: np.ndarray, *, centred: bool,
-          ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
+def solve(
+    weight: np.ndarray, moments: Moments, keep: np.ndarray, *, centred: bool, ridge: float = RIDGE
+) -> tuple[np.ndarray, np.ndarray]:
     """The refitted consumer of the kept neurons.
 
     Args:
@@ -57,8 +61,14 @@ def solve(weight: np.ndarray, moments: Moments, keep: np.ndarray, *, centred: bo
     return refit, shift
 
 
-def refit_consumers(graph: Graph, dependencies: Dependencies, groups: Sequence[Group], cuts: Mapping[str, Cut],
-                    linears: Mapping[str, Linear], moments: Mapping[str, Moments]) -> dict[str, np.ndarray]:
+def refit_consumers(
+    graph: Graph,
+    dependencies: Dependencies,
+    groups: Sequence[Group],
+    cuts: Mapping[str, Cut],
+    linears: Mapping[str, Linear],
+    moments: Mapping[str, Moments],
+) -> dict[str, np.ndarray]:
     """Refit every consumer of the cut value and FFN groups.
 
     Args:

@@ -70,7 +70,8 @@ def evbmf_rank(
     Args:
         singular_values: [..., k], non-negative, any order, any unit; k beyond min(rows, columns) must be (near) zeros.
         rows, columns: size of the matrix.
-        sigma2: known noise variance of an entry (scalar or [...], in squared units of the values); None estimates it.
+        sigma2: known noise variance of an entry (scalar or [...], in squared units of the values); of the k×k matrix
+            where the matrix is a product. None estimates it.
         max_rank: H of the paper, an upper limit; what lies beyond counts as residual.
 
     Returns:

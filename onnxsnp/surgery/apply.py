@@ -35,8 +35,9 @@ class Applied:
     updates: dict[str, np.ndarray]
 
 
-def apply(analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray] | None = None,
-          fingerprint: str | None = None) -> Applied:
+def apply(
+    analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray] | None = None, fingerprint: str | None = None
+) -> Applied:
     """Cut what the plan says.
 
     Only those packed projections are taken apart that a cut needs; the rest of the graph stays as it was exported,
@@ -58,8 +59,9 @@ def apply(analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray] | No
         graph, dependencies = part.graph, analyse(part.graph, part.shapes)
         groups = {group.id: group for group in find_groups(graph, dependencies).groups}
     local = as_cuts(plan, groups)
-    cut = cut_graph(graph, dependencies, local, {name: array for name, array in (updates or {}).items()
-                                                 if name in graph.weights})
+    cut = cut_graph(
+        graph, dependencies, local, {name: array for name, array in (updates or {}).items() if name in graph.weights}
+    )
     cut.drop_dead()
     return Applied(cut, cuts, dict(updates or {}))
 
@@ -67,8 +69,11 @@ def apply(analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray] | No
 def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]:
     """Packed weights of the file in which a cut runs along the packed axis."""
     atoms = {cut.atom for cut in cuts}
-    return {root_of(analysis.graph, name) for name, part in analysis.graph.parts.items()
-            if atoms & set(analysis.dependencies.atoms(name, part.axis))}
+    return {
+        root_of(analysis.graph, name)
+        for name, part in analysis.graph.parts.items()
+        if atoms & set(analysis.dependencies.atoms(name, part.axis))
+    }
 
 
 def to_model(graph: Graph) -> onnx.ModelProto:
@@ -95,5 +100,3 @@ def _share(graph: Graph) -> None:
         for slot, name in enumerate(node.input):
             node.input[slot] = rename.get(name, name)
     graph.drop_dead()
-
-

@@ -37,8 +37,9 @@ def in_order(cuts: Sequence[Cut]) -> list[Cut]:
     return sorted(cuts, key=lambda cut: cut.atom in heads)
 
 
-def cut_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int],
-              cuts: Sequence[Cut]) -> np.ndarray:
+def cut_array(
+    array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int], cuts: Sequence[Cut]
+) -> np.ndarray:
     """The entries of a weight that stay.
 
     Args:
@@ -53,8 +54,9 @@ def cut_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable
     return view.reshape(_joined(view.shape, axes))
 
 
-def mask_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int],
-               cuts: Sequence[Cut]) -> np.ndarray:
+def mask_array(
+    array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int], cuts: Sequence[Cut]
+) -> np.ndarray:
     """The weight in its original shape, with zeros where `cut_array` would take entries away."""
     labels, view = _by_factor(array, axes, size)
     for cut in cuts:
@@ -66,8 +68,9 @@ def mask_array(array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callabl
     return view.reshape(array.shape)
 
 
-def _by_factor(array: np.ndarray, axes: Sequence[tuple[int, ...]],
-               size: Callable[[int], int]) -> tuple[list[int | None], np.ndarray]:
+def _by_factor(
+    array: np.ndarray, axes: Sequence[tuple[int, ...]], size: Callable[[int], int]
+) -> tuple[list[int | None], np.ndarray]:
     """The array with one dimension per factor (an axis of size 1 keeps a dimension without a label)."""
     labels: list[int | None] = []
     shape: list[int] = []
@@ -85,9 +88,10 @@ def _index(labels: Sequence[int | None], shape: Sequence[int], cut: Cut, positio
     keep = cut.keep.reshape([shape[place] for place in places] + [cut.keep.shape[1]])
     order = sorted(range(len(places)), key=places.__getitem__)
     before = sum(places[item] < position for item in order)
-    sequence = order[:before] + [len(places)] + order[before:]
-    target = [shape[axis] if axis in places else cut.keep.shape[1] if axis == position else 1
-              for axis in range(len(shape))]
+    sequence = [*order[:before], len(places), *order[before:]]
+    target = [
+        shape[axis] if axis in places else cut.keep.shape[1] if axis == position else 1 for axis in range(len(shape))
+    ]
     return keep.transpose(sequence).reshape(target)
 
 
@@ -95,7 +99,7 @@ def _joined(shape: Sequence[int], axes: Sequence[tuple[int, ...]]) -> list[int]:
     sizes, start = [], 0
     for atoms in axes:
         count = max(len(atoms), 1)
-        sizes.append(int(np.prod(shape[start:start + count])))
+        sizes.append(int(np.prod(shape[start : start + count])))
         start += count
     return sizes
 
@@ -113,8 +117,9 @@ def touched(dependencies: Dependencies, name: str, cuts: Sequence[Cut]) -> list[
     return [cut for cut in cuts if cut.atom in atoms]
 
 
-def cut_graph(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut],
-              updates: Mapping[str, np.ndarray] | None = None) -> Graph:
+def cut_graph(
+    graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut], updates: Mapping[str, np.ndarray] | None = None
+) -> Graph:
     """A new graph without the cut neurons; the given one is not changed.
 
     Args:
@@ -129,8 +134,9 @@ def cut_graph(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut],
     for name in graph.weights.keys() & read:
         mine = touched(dependencies, name, cuts)
         if mine:
-            reduced.weights[name] = cut_array(reduced.weights[name], weight_axes(dependencies, name),
-                                              dependencies.size, mine)
+            reduced.weights[name] = cut_array(
+                reduced.weights[name], weight_axes(dependencies, name), dependencies.size, mine
+            )
     fix_sizes(reduced, dependencies, sizes)
     return reduced
 
@@ -161,19 +167,23 @@ _Fix = Callable[[NodeProto, Graph, Dependencies, Mapping[int, int], Namer], list
 
 
 def _changed_axes(dependencies: Dependencies, tensor: str, sizes: Mapping[int, int]) -> dict[int, int]:
-    return {axis: new_size(dependencies, tensor, axis, sizes)
-            for axis in range(len(dependencies.facts.shapes[tensor]))
-            if any(atom in sizes for atom in dependencies.atoms(tensor, axis))}
+    return {
+        axis: new_size(dependencies, tensor, axis, sizes)
+        for axis in range(len(dependencies.facts.shapes[tensor]))
+        if any(atom in sizes for atom in dependencies.atoms(tensor, axis))
+    }
 
 
-def _fix_reshape(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
-                 namer: Namer) -> list[NodeProto]:
+def _fix_reshape(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
     changed = _changed_axes(dependencies, node.output[0], sizes)
     return _pin(node, graph, changed, namer) if changed else []
 
 
-def _fix_expand(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
-                namer: Namer) -> list[NodeProto]:
+def _fix_expand(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
     shapes = dependencies.facts.shapes
     shift = len(shapes[node.output[0]]) - len(shapes[node.input[0]])
     changed = _changed_axes(dependencies, node.output[0], sizes)
@@ -197,7 +207,8 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
         return []
     pieces, extra = [], []
     start = 0
-    for axis in [*sorted(changed), None]:
+    end: int | None = None
+    for axis in [*sorted(changed), end]:
         stop = axis if axis is not None else 2**31 - 1
         if stop > start:
             bounds = []
@@ -216,8 +227,9 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
     return extra
 
 
-def _fix_conv(node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int],
-              namer: Namer) -> list[NodeProto]:
+def _fix_conv(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
     """A depthwise convolution has as many groups as channels."""
     data = node.input[0]
     for entry in node.attribute:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -52,12 +53,16 @@ def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Norma
         only: names of packed weights to take apart; all of them if None.
     """
     graph = normalized.graph.copy()
-    result = Normalized(normalized.base, graph, dict(normalized.shapes), dict(normalized.single),
-                        dict(normalized.dynamic))
+    result = Normalized(
+        normalized.base, graph, dict(normalized.shapes), dict(normalized.single), dict(normalized.dynamic)
+    )
     for _round in range(8):  # a packed axis can hold a packed axis; the rounds end when none is left
         dependencies = analyse(graph, result.shapes)
-        packed = [item for item in _find(graph, dependencies)
-                  if only is None or any(root_of(graph, name) in only for name in item.weights)]
+        packed = [
+            item
+            for item in _find(graph, dependencies)
+            if only is None or any(root_of(graph, name) in only for name in item.weights)
+        ]
         if not packed:
             break
         done: set[str] = set()
@@ -76,7 +81,7 @@ def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Norma
 def _find(graph: Graph, dependencies: Dependencies) -> list[_Packed]:
     """Packed factors whose every occurrence lies between their weights and their selections."""
     facts = dependencies.facts
-    produced = {}
+    produced: dict[int, list[str]] = {}
     for role in facts.roles:
         if role.kind == "producer":
             for atom in dependencies.atoms(*role.axis):
@@ -90,7 +95,7 @@ def _find(graph: Graph, dependencies: Dependencies) -> list[_Packed]:
     for atom, selects in ranges.items():
         nodes = {select.node for select, _, _ in selects}
         spans = sorted({(start, stop) for _, start, stop in selects})
-        apart = all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+        apart = all(left[1] <= right[0] for left, right in pairwise(spans))
         alone = all(freeze.node in nodes for freeze in dependencies.frozen.get(atom, []))
         if not (apart and alone and len(spans) > 1):
             continue
@@ -126,8 +131,11 @@ def _path(graph: Graph, dependencies: Dependencies, atom: int, sources: list[str
         if node is None:
             return None
         nodes.add(node.name)
-        stack.extend(name for name in node.input if name in dependencies.facts.shapes
-                     and name not in graph.weights and atom in dependencies.atoms(name))
+        stack.extend(
+            name
+            for name in node.input
+            if name in dependencies.facts.shapes and name not in graph.weights and atom in dependencies.atoms(name)
+        )
     elsewhere = {place[0] for place in dependencies.places[atom]} - tensors - set(graph.weights)
     return None if elsewhere else nodes
 
@@ -152,8 +160,15 @@ def _take_apart(result: Normalized, dependencies: Dependencies, packed: _Packed)
     graph.nodes = rebuilt
 
 
-def _clone(result: Normalized, dependencies: Dependencies, path: list[NodeProto], cut: Cut, select: Select,
-           number: int, namer: Namer) -> list[NodeProto]:
+def _clone(
+    result: Normalized,
+    dependencies: Dependencies,
+    path: list[NodeProto],
+    cut: Cut,
+    select: Select,
+    number: int,
+    namer: Namer,
+) -> list[NodeProto]:
     """A copy of the path that computes only what one selection takes."""
     graph = result.graph
     needed = _upstream(path, select.source)
@@ -210,13 +225,16 @@ def _record(result: Normalized, dependencies: Dependencies, source: str, clone: 
     before = result.shapes[source]
     after = tuple(new_size(dependencies, source, axis, sizes) for axis in range(len(before)))
     result.shapes[clone] = after
-    result.single[clone] = tuple(single // (old // new) if old != new else single for single, old, new in
-                                 zip(result.single[source], before, after, strict=True))
+    result.single[clone] = tuple(
+        single // (old // new) if old != new else single
+        for single, old, new in zip(result.single[source], before, after, strict=True)
+    )
     result.dynamic[clone] = result.dynamic[source]
 
 
-def _sized(graph: Graph, dependencies: Dependencies, clones: list[NodeProto], names: dict[str, str],
-           sizes: dict[int, int]) -> list[NodeProto]:
+def _sized(
+    graph: Graph, dependencies: Dependencies, clones: list[NodeProto], names: dict[str, str], sizes: dict[int, int]
+) -> list[NodeProto]:
     """Correct the sizes the cloned operators were told; they are analysed under their originals' names."""
     back = {clone: source for source, clone in names.items()}
     wanted = [list(clone.output) for clone in clones]

@@ -1,0 +1,423 @@
+"""The command line: one function per verb; parsing and printing only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxsnp._version import __version__
+from onnxsnp.errors import ModelError, OnnxSnpError, PlanError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Structured neuron-level pruning of exported ONNX transformers: ONNX in, smaller ONNX out. "
+    "No training framework, no account, no upload.",
+    epilog="Start with [bold]onnxsnp inspect MODEL[/], then "
+    "[bold]onnxsnp prune MODEL --ratio 0.3 --calibration IMAGES[/].",
+)
+
+_INPUT, _OUTPUT, _METHOD, _MACHINE = "Data", "Output", "Method", "Machine"
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported .onnx file.")]
+ModelsArgument = Annotated[
+    list[Path], typer.Argument(metavar="MODEL...", help="Models to compare; the first is the reference.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads inside one operator; all cores by default.", min=1, rich_help_panel=_MACHINE)
+]
+Provider = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_MACHINE)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_MACHINE)]
+PreprocessOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        rich_help_panel=_INPUT,
+        help="imagenet, half, clip, raw, or a TOML file with mean, std, scale, resize, crop, interpolation, color. "
+        "Default: mean and std from the model's metadata, else imagenet.",
+    ),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="[NAME:]1x3x224x224",
+        rich_help_panel=_INPUT,
+        help="Full shape of an input whose symbolic sizes cannot be guessed; may be given several times.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Options that stand before the verb."""
+    if version:
+        print(f"onnxsnp {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(model: ModelArgument, input_shape: InputShape = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show attention sites, groups of neurons, cost, and what is left alone and why."""
+
+    def work() -> None:
+        from onnxsnp.analysis import inspect as inspect_model
+        from onnxsnp.report import terminal
+
+        with _status("analysing"):
+            data = inspect_model(model, _shapes(input_shape, model)).to_dict()
+        _print_json(data) if as_json else terminal.inspection(_stdout(), data)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--ratio",
+            "-r",
+            help="Share to remove, 0 ≤ R < 1: of the model's MACs (--allocation auto), or of each group's "
+            "neurons (--allocation uniform).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where to write; default MODEL.pruned.onnx. The run record goes beside it as .json. With "
+            "--dry-run: where to write the plan.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or zip of images, or .npz/.npy of inputs, like those the model will see; no labels needed. "
+            "Default: generated images.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples to use.", min=1, rich_help_panel=_INPUT)] = 64,
+    preprocess: PreprocessOption = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images in class folders (or a zip of them): report top-1 before and after.", rich_help_panel=_INPUT
+        ),
+    ] = None,
+    input_shape: InputShape = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="auto: one ratio that removes the asked share of the cost. uniform: the same share of every group's "
+            "neurons. FILE or FILE:ENTRY: ratios per block and kind.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "auto",
+    of: Annotated[
+        str,
+        typer.Option(
+            help="What --ratio is a share of with --allocation auto: macs or params.", rich_help_panel=_METHOD
+        ),
+    ] = "macs",
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="What may be cut: qk, v, ffn, residual, channel, separated by commas. Default qk,v,ffn (with a ratios "
+            "file: all it names).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="Who goes: snp, l2, gm, random, reverse.", rich_help_panel=_METHOD)
+    ] = "snp",
+    compensation: Annotated[
+        str,
+        typer.Option(
+            help="none: the paper's cut. refit: projections behind a cut are refitted by least squares.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "refit",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Singular components of the attention scores that count; estimated per image and head by default.",
+            min=1,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option(help="Keep sizes that are multiples of N.", min=1, rich_help_panel=_METHOD)
+    ] = 1,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Apply a plan, or the plan of a run record, instead of making one.", rich_help_panel=_METHOD),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan; write no model.", rich_help_panel=_OUTPUT)
+    ] = False,
+    threads: Threads = None,
+    provider: Provider = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a model smaller: the same inputs and outputs, ordinary dense operators, fewer neurons."""
+
+    def work() -> None:
+        from onnxsnp.pruning import prune as prune_model
+        from onnxsnp.pruning import write_record
+        from onnxsnp.report import terminal
+
+        target = _target(model, output, dry_run)
+        with _progress() as progress:
+            result = prune_model(
+                model,
+                ratio,
+                output=None if dry_run else target,
+                dry_run=dry_run,
+                progress=progress,
+                allocation=allocation,
+                of=of,
+                scope=scope,
+                compensation=compensation,
+                criterion=criterion,
+                rank=rank,
+                calibration=calibration,
+                samples=samples,
+                preprocess=preprocess,
+                eval_data=eval_data,
+                multiple_of=multiple_of,
+                plan=plan,
+                threads=threads,
+                provider=provider,
+                seed=seed,
+                input_shapes=_shapes(input_shape, model),
+            )
+        if dry_run and target is not None:
+            write_record(result.plan.to_json(), target)
+        _print_json(result.record) if as_json else terminal.pruning(_stdout(), result.record)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def evaluate(
+    models: ModelsArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Images in class folders give top-1 and top-5; any images give agreement with the first "
+            "model. Default: generated images.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="How many to use, evenly spread; all by default.", min=1, rich_help_panel=_INPUT)
+    ] = None,
+    preprocess: PreprocessOption = None,
+    threads: Threads = None,
+    provider: Provider = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare models on data: top-1 and top-5 with labels; agreement, cosine and KL without."""
+
+    def work() -> None:
+        from onnxsnp.evaluation.accuracy import evaluate_models
+        from onnxsnp.report import terminal
+        from onnxsnp.verbs import open_for
+
+        with _progress() as progress:
+            opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
+            results = [
+                item.to_dict()
+                for item in evaluate_models(
+                    list(models),
+                    opened,
+                    threads=threads,
+                    provider=provider,
+                    progress=lambda done, total: progress("evaluate", done, total),
+                )
+            ]
+        if as_json:
+            _print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
+        else:
+            terminal.evaluations(_stdout(), results, opened.description)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def bench(
+    models: ModelsArgument,
+    batch: Annotated[int, typer.Option(help="Samples per run.", min=1)] = 1,
+    runs: Annotated[int, typer.Option(help="Timed rounds; every round runs each model once.", min=1)] = 50,
+    warmup: Annotated[int, typer.Option(help="Rounds before the clock starts.", min=0)] = 10,
+    input_shape: InputShape = None,
+    threads: Threads = None,
+    provider: Provider = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure latency in onnxruntime, models side by side in interleaved rounds."""
+
+    def work() -> None:
+        from onnxsnp.report import terminal
+        from onnxsnp.verbs import bench as bench_paths
+
+        with _progress() as progress:
+            results = [
+                item.to_dict()
+                for item in bench_paths(
+                    models,
+                    batch=batch,
+                    runs=runs,
+                    warmup=warmup,
+                    threads=threads,
+                    provider=provider,
+                    input_shapes=_shapes(input_shape, models[0]),
+                    seed=seed,
+                    progress=lambda done, total: progress("bench", done, total),
+                )
+            ]
+        _print_json({"models": results}) if as_json else terminal.latencies(_stdout(), results)
+
+    _guarded(work, debug)
+
+
+def main() -> None:
+    """Entry point of the `onnxsnp` command."""
+    app()
+
+
+def _guarded(work: Callable[[], None], debug: bool) -> None:
+    """Run a verb; a known error becomes one line on stderr and exit status 1."""
+    try:
+        work()
+    except OnnxSnpError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"onnxsnp: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("onnxsnp: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except MemoryError:
+        print("onnxsnp: out of memory; use fewer --threads or a smaller --input-shape", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _target(model: Path, output: Path | None, dry_run: bool) -> Path | None:
+    """Where to write, checked before any work is done."""
+    if output is None:
+        return None if dry_run else model.with_name(model.stem + ".pruned.onnx")
+    if not output.parent.is_dir():
+        raise ModelError(f"output folder does not exist: {output.parent}", hint="create it first")
+    if output.is_dir():
+        raise ModelError(f"output {output} is a folder", hint="give a file name")
+    if output.exists() and model.exists() and output.samefile(model):
+        raise ModelError("the output would overwrite the input", hint="give another name with -o")
+    return output
+
+
+def _shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, ...]] | None:
+    """`NAME:1x3x224x224` by input name; without a name, for the model's first input."""
+    if not texts:
+        return None
+    from onnxsnp.model import load
+
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition(":")
+        try:
+            shape = tuple(int(size) for size in sizes.replace("×", "x").split("x"))
+        except ValueError:
+            raise PlanError(f"cannot read --input-shape '{text}'", hint="write it as NAME:1x3x224x224") from None
+        if min(shape) < 1:
+            raise PlanError(f"--input-shape '{text}' has a size below 1")
+        proto = load(model).proto
+        inputs = [value.name for value in proto.graph.input]
+        if name and name not in inputs:
+            raise PlanError(f"--input-shape names '{name}', the model's inputs are {', '.join(inputs)}")
+        shapes[name or inputs[0]] = shape
+    return shapes
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _status(text: str) -> Any:
+    return _stderr().status(text)
+
+
+class _progress:
+    """A bar on stderr, one line per stage, with the time left where the amount of work is known."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=_stderr(),
+            transient=True,
+        )
+        self._bar.start()
+        self._tasks: dict[str, Any] = {}
+        return self._update
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            for task in self._tasks.values():
+                self._bar.stop_task(task)
+            self._tasks[stage] = self._bar.add_task(stage, total=total or None)
+        self._bar.update(self._tasks[stage], completed=done, total=total or None)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()

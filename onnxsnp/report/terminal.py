@@ -1,0 +1,202 @@
+"""Tables and one-line summaries for the terminal, made from the same plain data that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_KIND_NAMES = {"qk": "Q–K", "v": "V", "ffn": "FFN", "head": "heads", "channel": "channels", "residual": "residual"}
+_COLUMNS = ("qk", "v", "ffn")
+
+
+def count(value: float) -> str:
+    """A number with a decimal prefix: 5.72 M, 1.25 G."""
+    for scale, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f}{letter}"
+    return f"{value:.0f}"
+
+
+def inspection(console: Console, data: Mapping[str, Any]) -> None:
+    """The result of `onnxsnp inspect`."""
+    shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in data["inputs"].items())
+    console.print(
+        f"{count(data['params'])} parameters, {count(data['macs'])} MACs per sample, "
+        f"{data['bytes'] / 1e6:.1f} MB, opset {data['opset']}, input {shapes}",
+        highlight=False,
+    )
+    if data["sites"]:
+        table = _table("attention site", "heads", "Q–K size", "V size", "can be cut")
+        for site in data["sites"]:
+            able = ", ".join(_KIND_NAMES[kind] for kind, yes in site["prunable"].items() if yes) or "nothing"
+            table.add_row(site["name"], str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
+        console.print(table)
+    else:
+        console.print("no attention site found", style="yellow")
+    others = [group for group in data["groups"] if group["kind"] not in ("qk", "v", "head")]
+    if others:
+        table = _table("group", "kind", "size", "MACs that scale with it", "can be cut")
+        for group in others:
+            table.add_row(
+                group["id"],
+                _KIND_NAMES[group["kind"]],
+                str(group["size"]),
+                count(group["macs"]),
+                "yes" if group["prunable"] else "no",
+            )
+        console.print(table)
+    if data["skipped"]:
+        console.print("left alone:", style="bold")
+        for item in data["skipped"]:
+            console.print(Text(f"  {item['node']}: {item['reason']}"))
+
+
+def pruning(console: Console, record: Mapping[str, Any]) -> None:
+    """The result of `onnxsnp prune`: widths per block, then before and after side by side."""
+    console.print(_widths(record["groups"]))
+    console.print(_before_after(record))
+    for note in record["notes"]:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    proof = record.get("verification")
+    if proof is not None:
+        console.print(
+            f"proved: {', '.join(proof['checks'])}; largest relative difference {proof['masked_equality']:.1e}",
+            highlight=False,
+        )
+    if record["output"]:
+        console.print(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s", highlight=False)
+
+
+def _widths(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per block, one column per kind; groups that belong to no block get rows of their own."""
+    table = _table("block", *(_KIND_NAMES[kind] for kind in _COLUMNS))
+    cells: dict[int, dict[str, str]] = {}
+    others = []
+    for group in groups:
+        text = _change(group)
+        number = group["id"].rpartition(".")[2]
+        if group["kind"] in _COLUMNS and number.isdigit():
+            cells.setdefault(int(number), {})[group["kind"]] = text
+        else:
+            others.append((group["id"], text))
+    for number in sorted(cells):
+        table.add_row(str(number), *(cells[number].get(kind, "–") for kind in _COLUMNS))
+    for name, text in others:
+        table.add_row(name, text, "", "")
+    return table
+
+
+def _change(group: Mapping[str, Any]) -> str:
+    heads = f"{group['heads']}×" if group["heads"] > 1 else ""
+    if group["before"] == group["after"]:
+        return f"{heads}{group['before']}"
+    return f"{heads}{group['before']} → {heads}{group['after']}"
+
+
+def _before_after(record: Mapping[str, Any]) -> Table:
+    table = _table("", "before", "after", "change")
+    before, after = record["before"], record["after"]
+    for name, key in (("parameters", "params"), ("MACs", "macs")):
+        table.add_row(name, count(before[key]), count(after[key]), _percent(before[key], after[key]))
+    if after["bytes"] is not None:
+        table.add_row(
+            "file",
+            f"{before['bytes'] / 1e6:.2f} MB",
+            f"{after['bytes'] / 1e6:.2f} MB",
+            _percent(before["bytes"], after["bytes"]),
+        )
+    accuracy = record.get("accuracy")
+    if accuracy is not None:
+        old, new = accuracy["before"], accuracy["after"]
+        for name, key in (("top-1", "top1"), ("top-5", "top5")):
+            if old[key] is not None:
+                table.add_row(
+                    f"{name} ({new['count']} samples)",
+                    f"{old[key]:.2f} %",
+                    f"{new[key]:.2f} %",
+                    f"{new[key] - old[key]:+.2f}",
+                )
+        if new["agreement"] is not None:
+            table.add_row("same top-1 as the original", "100 %", f"{new['agreement']:.2f} %", "")
+    agreement = record.get("agreement")
+    if agreement is not None:
+        seen = f"({agreement['samples']} held-back samples)"
+        if agreement["top1"] is not None and accuracy is None:
+            table.add_row(f"same top-1 as the original {seen}", "100 %", f"{agreement['top1']:.1f} %", "")
+        if agreement["cosine"] is not None:
+            table.add_row(f"cosine to the original {seen}", "1", f"{agreement['cosine']:.3f}", "")
+        if agreement["kl"] is not None:
+            table.add_row(f"KL to the original {seen}", "0", f"{agreement['kl']:.3f}", "")
+    return table
+
+
+def evaluations(console: Console, results: Sequence[Mapping[str, Any]], description: str) -> None:
+    """The result of `onnxsnp evaluate`."""
+    console.print(description, highlight=False)
+    labelled = results[0]["top1"] is not None
+    columns = ["top-1", "95 % interval", "top-5"] if labelled else []
+    table = _table("model", *columns, "same top-1", "cosine", "KL")
+    for result in results:
+        row = [result["model"]]
+        if labelled:
+            low, high = result["top1_interval"]
+            row += [
+                f"{result['top1']:.2f} %",
+                f"{low:.1f}–{high:.1f}",
+                f"{result['top5']:.2f} %" if result["top5"] is not None else "–",
+            ]
+        row += [
+            _or_dash(result["agreement"], "{:.2f} %"),
+            _or_dash(result["cosine"], "{:.4f}"),
+            _or_dash(result["kl"], "{:.4f}"),
+        ]
+        table.add_row(*row)
+    console.print(table)
+    broken = [result for result in results if result["nonfinite"]]
+    for result in broken:
+        console.print(f"{result['model']}: {result['nonfinite']} samples gave NaN or infinity", style="red")
+
+
+def latencies(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
+    """The result of `onnxsnp bench`."""
+    table = _table("model", "median", "p90", "mean", "min", "speed-up", "file")
+    for index, result in enumerate(results):
+        low, high = result["speedup_interval"]
+        ratio = "1" if index == 0 else f"{result['speedup']:.2f}× ({low:.2f}–{high:.2f})"
+        table.add_row(
+            result["model"],
+            *(f"{result[key]:.2f} ms" for key in ("median", "p90", "mean", "min")),
+            ratio,
+            f"{result['bytes'] / 1e6:.2f} MB",
+        )
+    console.print(table)
+    first = results[0]
+    threads = first["threads"] or "all"
+    console.print(
+        f"batch {first['batch']}, {first['runs']} interleaved rounds, {threads} threads, {first['provider']}; "
+        "speed-up is the median over rounds, quartiles in brackets",
+        highlight=False,
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _size(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{(after - before) / before:+.1%}" if before else "–"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)

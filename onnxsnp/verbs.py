@@ -1,0 +1,125 @@
+"""`evaluate` and `bench` as Python functions: the same defaults as the command line, on paths or models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxsnp import model as model_files
+from onnxsnp.calibration.data import Dataset, image_spec, open_dataset, parse_classes, resolve_preprocess
+from onnxsnp.calibration.preprocess import Preprocess
+from onnxsnp.errors import ModelError
+from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
+from onnxsnp.evaluation.latency import Latency, bench_models
+from onnxsnp.runtime import InputSpec, channel_axis, input_specs, open_session
+
+_BATCH = 8
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    data: Any = None,
+    *,
+    samples: int | None = None,
+    preprocess: str | Preprocess | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Accuracy on labelled data, and agreement with the first model on any data.
+
+    Args:
+        models: paths; the first is the reference.
+        data: folder or zip of images (class folders give labels), `.npz` or `.npy`, an iterable, or None for generated
+            inputs.
+        samples: how many to use, evenly spread; all of them if None.
+        preprocess: a preset, a TOML file or a `Preprocess`; None follows the first model's metadata, else imagenet.
+
+    Raises:
+        ModelError, DataError: what is wrong, in one line.
+    """
+    opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
+    return evaluate_models(list(models), opened, threads=threads, provider=provider, progress=progress)
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    batch: int = 1,
+    runs: int = 50,
+    warmup: int = 10,
+    threads: int | None = None,
+    provider: str = "cpu",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Latency]:
+    """Paired latency in onnxruntime: every round runs each model once, and ratios are taken within rounds.
+
+    Raises:
+        ModelError: a model cannot be opened or run.
+    """
+    shapes = {name: tuple(int(size) for size in shape) for name, shape in (input_shapes or {}).items()}
+    return bench_models(
+        list(models),
+        batch=batch,
+        runs=runs,
+        warmup=warmup,
+        threads=threads,
+        provider=provider,
+        input_shapes=shapes or None,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def open_for(
+    models: Sequence[str | Path],
+    data: Any,
+    *,
+    samples: int | None = None,
+    preprocess: str | Preprocess | None = None,
+    seed: int = 0,
+    evaluation: bool = False,
+) -> Dataset:
+    """Open data with the preprocessing and class names of the first model."""
+    if not models:
+        raise ModelError("no model was given")
+    first = models[0]
+    for path in models:
+        model_files.load(path)  # a clear message for what is no model, before any data is read
+    metadata = model_files.load(first).metadata
+    specs = input_specs(open_session(first, optimize=False))
+    chosen = preprocess if isinstance(preprocess, Preprocess) else choose_preprocess(specs, metadata, preprocess)
+    return open_dataset(
+        data,
+        specs,
+        samples=samples,
+        batch_size=_BATCH,
+        preprocess=chosen,
+        seed=seed,
+        shuffle=not evaluation,
+        pad_last=evaluation,
+        classes=class_names(metadata),
+    )
+
+
+def class_names(metadata: Mapping[str, str]) -> list[str] | None:
+    """Class names in index order, if the model's metadata lists them."""
+    return parse_classes(metadata["classes"]) if metadata.get("classes") else None
+
+
+def choose_preprocess(specs: Sequence[InputSpec], metadata: Mapping[str, str], name: str | None) -> Preprocess | None:
+    """Preprocessing by preset, TOML file or the model's metadata, at the model's own image size.
+
+    Returns:
+        None for a model without an image input.
+    """
+    spec = image_spec(specs)
+    if spec is None:
+        return None
+    first = 1 if channel_axis(spec) == 3 else 2
+    sizes = [one if isinstance(one, int) else 224 for one in spec.shape[first : first + 2]]
+    return resolve_preprocess(name, metadata, (sizes[0], sizes[1]))
