@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,16 +207,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def save(proto: onnx.ModelProto, path: str | Path) -> int:
+def save(proto: onnx.ModelProto, path: str | Path, check: Callable[[Path], None] | None = None) -> int:
     """Write a model whole or not at all; models over 2 GiB get their weights in `<name>.data` beside them.
+
+    The given message is emptied on the way, so that the check has its memory.
+
+    Args:
+        check: called with the written file before it takes its place; if it raises, nothing is left behind.
 
     Returns:
         Bytes written.
     """
     target = Path(path)
-    if proto.ByteSize() < _PROTO_LIMIT:
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < _PROTO_LIMIT:
         with whole_file(target) as part:
             part.write_bytes(proto.SerializeToString())
+            proto.Clear()
+            if check is not None:
+                check(part)
         return target.stat().st_size
     data = target.with_name(target.name + ".data")
     with whole_file(data) as data_part, whole_file(target) as part:

@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from onnxsnp._version import __version__
 from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
-from onnxsnp.errors import PlanError, VerificationError
-from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
-from onnxsnp.evaluation.verify import Verification, check_proto, difference, masked, tolerance
-from onnxsnp.graph.ir import Graph
+from onnxsnp.errors import PlanError
+from onnxsnp.evaluation.accuracy import agreement, evaluate_models
+from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
+from onnxsnp.graph.ir import Graph, graph_inputs
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, save, whole_file
 from onnxsnp.planning import allocation as allocating
@@ -69,14 +69,18 @@ class PruneResult:
     """A pruned model and its record.
 
     Attributes:
-        model: the pruned model; the unchanged original if nothing was cut; None after a dry run.
         plan: which neurons stay.
         record: what is written as `*.pruned.json` (the JSON contract of `onnxsnp prune`).
     """
 
-    model: onnx.ModelProto | None
     plan: Plan
     record: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[], onnx.ModelProto] | None = None
+
+    @cached_property
+    def model(self) -> onnx.ModelProto | None:
+        """The pruned model; the unchanged original if nothing was cut; None after a dry run."""
+        return self.build() if self.build is not None else None
 
 
 def prune(
@@ -157,17 +161,17 @@ class _Run:
         plan.settings = plan.settings or self._settings(data)
         record = self._record(analysis, plan, data)
         if dry_run:
-            return PruneResult(None, plan, record)
+            return PruneResult(plan, record)
         applied, proof = self._cut(analysis, plan, statistics, sample)
-        unchanged = not applied.cuts
-        proto = original_proto(analysis.model) if unchanged else to_model(applied.graph)
-        if not unchanged:
-            with self.stage("verify"):
-                proof = Verification(
-                    proof.passed, proof.masked_equality, proof.normalised_equality, (*check_proto(proto), *proof.checks)
-                )
-        self._finish(record, analysis, proto, proof, held, output)
-        return PruneResult(proto, plan, record)
+        record["verification"] = vars(proof)
+        self._compare(record, analysis, applied.graph, held)
+        graph = applied.graph if applied.cuts else None
+        del applied
+        build = self._write(record, analysis, graph, _feeds(analysis.graph, sample)[:1], output)
+        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        if output is not None:
+            write_record(json.dumps(record, indent=1, allow_nan=False), Path(output).with_suffix(".json"))
+        return PruneResult(plan, record, build)
 
     def _given_plan(self, analysis: Analysis, mark: str) -> Plan | None:
         given = self.options.plan
@@ -203,7 +207,7 @@ class _Run:
 
     def _data(self, analysis: Analysis) -> Dataset:
         options = self.options
-        specs = input_specs_of(analysis.graph, options.input_shapes)
+        specs = graph_inputs(analysis.graph, options.input_shapes)
         data = open_dataset(
             options.calibration,
             specs,
@@ -341,35 +345,48 @@ class _Run:
             "seconds": self.seconds,
         }
 
-    def _finish(
+    def _compare(self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch]) -> None:
+        """Run original and cut model side by side: on held-back samples, and on labelled data if there is any."""
+        if not held and self.options.eval_data is None:
+            return
+        options = self.options
+        sessions = [
+            one.session(threads=options.threads, provider=options.provider) for one in (as_graph(analysis.model), graph)
+        ]
+        if held:
+            with self.stage("compare"):
+                record["agreement"] = agreement(sessions[0], sessions[1], held)
+        if options.eval_data is not None:
+            record["accuracy"] = self._evaluate(analysis, sessions)
+
+    def _write(
         self,
         record: dict[str, Any],
         analysis: Analysis,
-        proto: onnx.ModelProto,
-        proof: Verification,
-        held: list[Batch],
+        graph: Graph | None,
+        feeds: list[dict[str, np.ndarray]],
         output: str | Path | None,
-    ) -> None:
-        content = proto.SerializeToString()
-        record["after"]["bytes"] = len(content)
-        record["verification"] = vars(proof)
-        original = original_bytes(analysis.model)
-        if held:
-            with self.stage("compare"):
-                record["agreement"] = agreement(original, content, held, self.options.threads)
-        if self.options.eval_data is not None:
-            record["accuracy"] = self._evaluate(analysis, original, content)
-        if output is not None:
+    ) -> Callable[[], onnx.ModelProto]:
+        """Write the model (the original if `graph` is None) and check the written file; return how to get it again."""
+        build = partial(to_model, graph) if graph is not None else partial(original_proto, analysis.model)
+        if output is None:
+            record["after"]["bytes"] = build().ByteSize()
+            return build
+        with self.stage("write"):
+            check = None
+            if graph is not None:
+                session = graph.session(threads=self.options.threads)
+                expected = [session.run(None, feed) for feed in feeds]
+                check = partial(check_file, expected, feeds, tolerance(graph.weights))
+                del session
+                build = partial(to_model, graph, consume=True)
             record["output"] = str(output)
-            with self.stage("write"):
-                save(proto, output)
-        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
-        if output is not None:
-            write_record(json.dumps(record, indent=1, allow_nan=False), Path(output).with_suffix(".json"))
+            record["after"]["bytes"] = save(build(), output, check)
+        return partial(onnx.load, str(output))
 
-    def _evaluate(self, analysis: Analysis, original: str | bytes, content: bytes) -> dict[str, Any]:
+    def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:
         options = self.options
-        specs = input_specs_of(analysis.graph, options.input_shapes)
+        specs = graph_inputs(analysis.graph, options.input_shapes)
         data = open_dataset(
             options.eval_data,
             specs,
@@ -381,10 +398,8 @@ class _Run:
         )
         with self.stage("evaluate"):
             before, after = evaluate_models(
-                [original, content],
+                sessions,
                 data,
-                threads=options.threads,
-                provider=options.provider,
                 progress=lambda done, total: self.progress("evaluate", done, total),
             )
         return {"before": before.to_dict(), "after": after.to_dict()}
@@ -394,64 +409,6 @@ def write_record(text: str, path: str | Path) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as part:
         part.write_text(text)
-
-
-def prove(
-    analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.ndarray]], threads: int | None = None
-) -> Verification:
-    """Check a cut graph against the masked original, and the normalised form against the original.
-
-    Raises:
-        VerificationError: a difference that round-off does not explain.
-    """
-    if not applied.cuts:
-        return Verification(True, 0.0, 0.0, ("nothing was cut; the model is the original",))
-    limit = tolerance(analysis.graph.weights)
-    base = analysis.normalized.base
-    gap = difference(as_graph(analysis.model), base, feeds, threads)
-    if gap > limit:
-        raise VerificationError(
-            f"the normalised model differs from the original by {gap:.1e} of the output",
-            hint="please report this model; nothing was written",
-        )
-    expected = masked(base, analysis.graph, analysis.dependencies, applied.cuts, applied.updates)
-    error = difference(expected, applied.graph, feeds, threads)
-    if error > limit:
-        raise VerificationError(
-            f"the cut model differs from the masked original by {error:.1e} of the output",
-            hint="please report this model; nothing was written",
-        )
-    checks = (
-        "normalised model equals the original",
-        "cut model equals the masked original",
-        f"run at batch {', '.join(str(len(next(iter(feed.values())))) for feed in feeds)}",
-    )
-    return Verification(True, error, gap, checks)
-
-
-def agreement(original: str | bytes, content: bytes, batches: Sequence[Batch], threads: int | None) -> dict[str, Any]:
-    """How closely a pruned model follows the original on held-back samples."""
-    data = _Held(batches)
-    result: Evaluation = evaluate_models([original, content], data, threads=threads)[1]  # type: ignore[arg-type]
-    return {
-        "samples": result.count,
-        "top1": result.agreement,
-        "cosine": result.cosine,
-        "kl": result.kl,
-        "max_abs_difference": result.max_abs_difference,
-    }
-
-
-class _Held:
-    """Batches kept in memory, with the little of `Dataset` that an evaluation reads; labels are left out."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = [Batch(batch.inputs, None, batch.count) for batch in batches]
-        self.samples = sum(batch.count for batch in batches)
-        self.labelled = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
 
 
 def _split(data: Dataset, seen: int) -> tuple[Iterator[Batch], list[Batch]]:
@@ -477,27 +434,10 @@ def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
 
 def _feeds(graph: Graph, batch: Batch) -> list[dict[str, np.ndarray]]:
     """Inputs for the proof: real samples, at two batch sizes where the batch is dynamic."""
-    free = all(spec.shape and not isinstance(spec.shape[0], int) for spec in input_specs_of(graph))
+    free = all(spec.shape and not isinstance(spec.shape[0], int) for spec in graph_inputs(graph))
     if not free:
         return [batch.inputs]
     return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(3, batch.count)})]
-
-
-def input_specs_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> list[InputSpec]:
-    """The model's inputs, with sizes that were given filled in behind the batch."""
-    specs = []
-    for value in graph.shell.graph.input:
-        kind = value.type.tensor_type
-        sizes: list[int | str | None] = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
-        ]
-        given = (shapes or {}).get(value.name)
-        if given is not None:
-            sizes = [
-                size if isinstance(size, int) or axis == 0 else int(given[axis]) for axis, size in enumerate(sizes)
-            ]
-        specs.append(InputSpec(value.name, tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))))
-    return specs
 
 
 def original_proto(model: Model) -> onnx.ModelProto:
@@ -507,8 +447,3 @@ def original_proto(model: Model) -> onnx.ModelProto:
     for name, array in model.weights.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
     return proto
-
-
-def original_bytes(model: Model) -> str | bytes:
-    """The original for onnxruntime: its path if it has one."""
-    return str(model.path) if model.path is not None else original_proto(model).SerializeToString()

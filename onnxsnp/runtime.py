@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Model = str | Path | bytes
+
+
+class Session(Protocol):
+    """The part of onnxruntime's InferenceSession that this package uses."""
+
+    def get_inputs(self) -> Any: ...
+    def get_outputs(self) -> Any: ...
+    def run(self, outputs: Any, feeds: Any) -> Any: ...
+
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -68,7 +77,7 @@ def image_spec(specs: Sequence[InputSpec]) -> InputSpec | None:
     return next((spec for spec in specs if channel_axis(spec) is not None), None)
 
 
-def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
+def input_specs(session: Session) -> list[InputSpec]:
     """The inputs that a session must be fed.
 
     Raises:
@@ -92,7 +101,7 @@ def open_session(
     threads: int | None = None,
     provider: str = "cpu",
     optimize: bool = True,
-    weights: Mapping[str, Any] | None = None,
+    prepack: bool = True,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
 
@@ -101,7 +110,7 @@ def open_session(
         threads: threads inside one operator; None lets onnxruntime choose (the physical cores).
         provider: `cpu` or `cuda`.
         optimize: False runs the graph exactly as written (needed when its own nodes are being looked at).
-        weights: values (OrtValue by name) of initializers that the model declares as external data.
+        prepack: False saves the second copy of every matrix that onnxruntime keeps in its own layout.
 
     Raises:
         ModelError: the file is missing, is not valid ONNX, uses operators that cannot run, or the provider is not
@@ -114,8 +123,8 @@ def open_session(
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"no such model file: {model}", hint="give the path of an .onnx file")
     options = _session_options(threads, optimize)
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=_provider_list(provider)
@@ -131,7 +140,7 @@ def open_session(
     return session
 
 
-def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def run_session(session: Session, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """All outputs of one run, in the model's order.
 
     Raises:
@@ -144,9 +153,9 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray])
         raise ModelError(f"the model failed on inputs {fed}: {_one_line(error)}") from error
 
 
-def describe_model(model: Model) -> str:
+def describe_model(model: object) -> str:
     """A short name for messages: the path, or `the model in memory`."""
-    return "the model in memory" if isinstance(model, bytes) else str(model)
+    return str(model) if isinstance(model, str | Path) else "the model in memory"
 
 
 def model_bytes(model: Model) -> int:
@@ -174,6 +183,10 @@ def _session_options(threads: int | None, optimize: bool) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if not optimize:
+        # Shape nodes run as soon as they can: a graph in which every tensor's shape is asked for (`graph.probe`)
+        # would otherwise keep every tensor until the end.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # Several sessions take turns in one process (evaluate, bench): the pool of an idle one must not spin on the
     # cores that the next one is being timed on.
     options.add_session_config_entry("session.force_spinning_stop", "1")

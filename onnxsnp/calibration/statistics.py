@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -20,11 +20,8 @@ from onnxsnp.graph.attention import Site
 from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
-from onnxsnp.graph.ir import Graph, Namer
+from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.scoring.snp import qk_scores
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 
 @dataclass
@@ -185,7 +182,7 @@ class _Builder:
         self._half = any(array.dtype.itemsize == 2 for array in graph.weights.values() if array.dtype.kind not in "iu")
         self.outputs: list[str] = []
 
-    def session(self, threads: int | None, provider: str) -> ort.InferenceSession:
+    def session(self, threads: int | None, provider: str) -> SharedSession:
         """A session that returns `outputs`."""
         graph = self._graph
         kept = Graph(graph.shell, graph.nodes, graph.weights)

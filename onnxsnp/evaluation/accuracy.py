@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxsnp.calibration.data import Batch, Dataset
 from onnxsnp.errors import DataError, ModelError
-from onnxsnp.runtime import InputSpec, Model, describe_model, input_specs, open_session, run_session
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from onnxsnp.runtime import InputSpec, Model, Session, describe_model, input_specs, open_session, run_session
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -62,7 +60,7 @@ class Evaluation:
 
 
 def evaluate_models(
-    models: Sequence[Model],
+    models: Sequence[Model | Session],
     data: Dataset,
     *,
     threads: int | None = None,
@@ -72,7 +70,7 @@ def evaluate_models(
     """Run all models over the data once; the first is the reference that the others are compared with.
 
     Args:
-        models: paths or serialized models with the same inputs and outputs.
+        models: paths, serialized models or open sessions with the same inputs and outputs.
         data: opened for these inputs (`open_dataset`; `pad_last=True` where the batch is fixed, so that no sample is
             lost).
         threads: per operator; None lets onnxruntime choose.
@@ -85,7 +83,10 @@ def evaluate_models(
     """
     if not models:
         raise ModelError("no model to evaluate")
-    sessions = [open_session(model, threads=threads, provider=provider) for model in models]
+    sessions: list[Session] = [
+        open_session(model, threads=threads, provider=provider) if isinstance(model, str | Path | bytes) else model
+        for model in models
+    ]
     for model, session in zip(models[1:], sessions[1:], strict=True):
         check_signature(models[0], sessions[0], model, session)
     layout = _output_layout(sessions[0])
@@ -106,9 +107,29 @@ def evaluate_models(
     ]
 
 
-def check_signature(
-    first_model: Model, first: ort.InferenceSession, model: Model, session: ort.InferenceSession
-) -> None:
+def agreement(original: Session, pruned: Session, batches: Sequence[Batch]) -> dict[str, float | int | None]:
+    """How closely a model follows the original on a few batches kept in memory (labels are not looked at).
+
+    Returns:
+        samples; top1: share with the same top-1, percent; cosine; kl, nats; max_abs_difference.
+    """
+    layout = _output_layout(original)
+    tally = _Tally(layout)
+    for batch in batches:
+        unlabelled = Batch(batch.inputs, None, batch.count)
+        first = _real_outputs(run_session(original, batch.inputs), unlabelled)
+        tally.add(_real_outputs(run_session(pruned, batch.inputs), unlabelled), unlabelled, first)
+    result = tally.result("pruned", compared=True)
+    return {
+        "samples": result.count,
+        "top1": result.agreement,
+        "cosine": result.cosine,
+        "kl": result.kl,
+        "max_abs_difference": result.max_abs_difference,
+    }
+
+
+def check_signature(first_model: object, first: Session, model: object, session: Session) -> None:
     """Make sure two models take the same inputs and give the same outputs; fixed sizes must match, dynamic ones may.
 
     Raises:
@@ -293,7 +314,7 @@ def _nonfinite_rows(outputs: Sequence[np.ndarray], count: int) -> int:
     return int(bad.sum())
 
 
-def _output_layout(session: ort.InferenceSession) -> _Layout:
+def _output_layout(session: Session) -> _Layout:
     outputs = session.get_outputs()
     float_types = ("tensor(float)", "tensor(float16)", "tensor(double)")
     floats = tuple(number for number, out in enumerate(outputs) if out.type in float_types)

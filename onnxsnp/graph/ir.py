@@ -7,7 +7,7 @@ copies of a `Graph` share them, and `session` hands them to onnxruntime without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from onnxsnp.errors import ModelError
+from onnxsnp.runtime import InputSpec, open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -109,13 +110,27 @@ class Graph:
         self.origin = {name: source for name, source in self.origin.items() if name in self.weights}
         self.parts = {name: part for name, part in self.parts.items() if name in self.weights}
 
-    def to_proto(self) -> onnx.ModelProto:
-        """A complete model with the weights inside."""
+    def to_proto(self, *, consume: bool = False) -> onnx.ModelProto:
+        """A complete model with the weights inside; with `consume` the graph gives up each weight as it is copied."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.shell)
+        model.graph.node.extend(self.nodes)
+        for name in list(self.weights):
+            array = self.weights.pop(name) if consume else self.weights[name]
+            model.graph.initializer.append(to_tensor(array, name))
+        return model
+
+    def skeleton(self) -> onnx.ModelProto:
+        """A valid model of the same structure in which large weights are inputs; for checks that need no values."""
         model = onnx.ModelProto()
         model.CopyFrom(self.shell)
         model.graph.node.extend(self.nodes)
         for name, array in self.weights.items():
-            model.graph.initializer.append(to_tensor(array, name))
+            if not _is_shared(array):
+                model.graph.initializer.append(to_tensor(array, name))
+            else:
+                kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+                model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
         return model
 
     def session(
@@ -125,8 +140,8 @@ class Graph:
         threads: int | None = None,
         provider: str = "cpu",
         optimize: bool = True,
-    ) -> ort.InferenceSession:
-        """Open an onnxruntime session on this graph; the weights are shared with it, not copied into the proto.
+    ) -> SharedSession:
+        """Open this graph in onnxruntime without copying its weights.
 
         Args:
             outputs: tensor names to return instead of the model's own outputs.
@@ -135,26 +150,43 @@ class Graph:
         Raises:
             ModelError: onnxruntime refuses the graph.
         """
-        import onnxruntime as ort
-
-        from onnxsnp.runtime import open_session
-
-        model = onnx.ModelProto()
-        model.CopyFrom(self.shell)
-        model.graph.node.extend(self.nodes)
+        model = self.skeleton()
         if outputs is not None:
             del model.graph.output[:]
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        shared: dict[str, Any] = {}
-        for name, array in self.weights.items():
-            if array.nbytes < _SHARED_BYTES or array.dtype.kind not in "fiub":
-                model.graph.initializer.append(to_tensor(array, name))
-            else:
-                model.graph.initializer.append(_external(name, array))
-                shared[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
-        return open_session(
-            model.SerializeToString(), threads=threads, provider=provider, optimize=optimize, weights=shared
-        )
+        shared = {name: array for name, array in self.weights.items() if _is_shared(array)}
+        session = open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize)
+        return SharedSession(session, shared)
+
+
+class SharedSession:
+    """An onnxruntime session that is fed its large weights, like inputs, from the arrays they already lie in.
+
+    onnxruntime copies every initializer into each session; a value that is bound as an input is read in place.
+    """
+
+    def __init__(self, session: ort.InferenceSession, weights: Mapping[str, np.ndarray]) -> None:
+        import onnxruntime as ort
+
+        self._session = session
+        self._wrap = ort.OrtValue.ortvalue_from_numpy
+        self._weights = {name: self._wrap(np.asarray(array, order="C")) for name, array in weights.items()}
+
+    def get_inputs(self) -> list[Any]:
+        """The model's own inputs."""
+        return [value for value in self._session.get_inputs() if value.name not in self._weights]
+
+    def get_outputs(self) -> list[Any]:
+        return list(self._session.get_outputs())
+
+    def get_providers(self) -> list[str]:
+        return list(self._session.get_providers())
+
+    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Outputs by name, or all of them in order."""
+        names = list(outputs) if outputs is not None else [value.name for value in self._session.get_outputs()]
+        values = {name: self._wrap(np.asarray(array, order="C")) for name, array in feeds.items()}
+        return [value.numpy() for value in self._session.run_with_ort_values(names, {**self._weights, **values})]
 
 
 def subgraph_reads(node: NodeProto) -> list[str]:
@@ -168,6 +200,23 @@ def subgraph_reads(node: NodeProto) -> list[str]:
                 local.update(inner.output)
             reads.extend(value.name for value in graph.output if value.name not in local)
     return reads
+
+
+def graph_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> list[InputSpec]:
+    """The model's inputs, with sizes that were given filled in behind the batch."""
+    specs = []
+    for value in graph.shell.graph.input:
+        kind = value.type.tensor_type
+        sizes: list[int | str | None] = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
+        ]
+        given = (shapes or {}).get(value.name)
+        if given is not None:
+            sizes = [
+                size if isinstance(size, int) or axis == 0 else int(given[axis]) for axis, size in enumerate(sizes)
+            ]
+        specs.append(InputSpec(value.name, tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))))
+    return specs
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -192,13 +241,9 @@ def to_tensor(array: np.ndarray, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(array, order="C"), name)
 
 
-def _external(name: str, array: np.ndarray) -> onnx.TensorProto:
-    """A placeholder that makes onnxruntime take the values it is handed in memory."""
-    tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "weights in memory"), ("offset", "0"), ("length", str(array.nbytes))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor
+def _is_shared(array: np.ndarray) -> bool:
+    """Whether a weight is fed to sessions; small ones must stay constants, since shape inference needs their values."""
+    return array.nbytes >= _SHARED_BYTES and array.dtype.kind in "fiub"
 
 
 class Namer:

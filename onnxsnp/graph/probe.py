@@ -57,8 +57,15 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
     values = [name for name in computed if name in constant or name in derived]
     frontier = _frontier(graph, values)
     instrumented = graph.copy()
-    for index, name in enumerate(computed):
-        instrumented.nodes.append(helper.make_node("Shape", [name], [f"{_TAG}{index}"], name=f"{_TAG}{index}"))
+    number = {name: index for index, name in enumerate(computed)}
+    nodes = []
+    for node in instrumented.nodes:
+        nodes.append(node)
+        for name in node.output:
+            if name in number:  # right behind the producer, so that the tensor itself need not live any longer
+                tag = f"{_TAG}{number[name]}"
+                nodes.append(helper.make_node("Shape", [name], [tag], name=tag))
+    instrumented.nodes = nodes
     wanted = [f"{_TAG}{index}" for index in range(len(computed))] + frontier
     session = instrumented.session(wanted, optimize=False)
     runs: list[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]] = []
@@ -104,14 +111,7 @@ def _frontier(graph: Graph, names: Sequence[str]) -> list[str]:
 
 def _tensor_names(graph: Graph) -> set[str]:
     """Outputs that are tensors (not sequences or optionals), as far as type inference can tell."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.shell)
-    model.graph.node.extend(graph.nodes)
-    for name, array in graph.weights.items():
-        model.graph.input.append(
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        )
-    inferred = onnx.shape_inference.infer_shapes(model)
+    inferred = onnx.shape_inference.infer_shapes(graph.skeleton())
     other = {value.name for value in inferred.graph.value_info if value.type.WhichOneof("value") != "tensor_type"}
     return {name for node in graph.nodes for name in node.output if name and name not in other}
 

@@ -76,14 +76,19 @@ def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]
     }
 
 
-def to_model(graph: Graph) -> onnx.ModelProto:
-    """The finished file: shared weights shared again, tensor shapes recorded."""
-    graph = graph.copy()
+def to_model(graph: Graph, *, consume: bool = False) -> onnx.ModelProto:
+    """The finished file: shared weights shared again, tensor shapes recorded.
+
+    Args:
+        consume: give the graph's weights up while the file is built, to save memory; the graph is useless afterwards.
+    """
+    if not consume:
+        graph = graph.copy()
     _share(graph)
-    proto = graph.to_proto()
-    if proto.ByteSize() >= 2**31 - 2**20:
-        return proto
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(graph.skeleton(), data_prop=True)
+    proto = graph.to_proto(consume=consume)
+    proto.graph.value_info.extend(inferred.graph.value_info)
+    return proto
 
 
 def _share(graph: Graph) -> None:

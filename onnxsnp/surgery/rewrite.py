@@ -208,8 +208,8 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
     pieces, extra = [], []
     start = 0
     end: int | None = None
-    for axis in [*sorted(changed), end]:
-        stop = axis if axis is not None else 2**31 - 1
+    for place in [*sorted(changed), end]:
+        stop = place if place is not None else 2**31 - 1
         if stop > start:
             bounds = []
             for value in (start, stop):
@@ -217,10 +217,10 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
                 graph.weights[bounds[-1]] = np.asarray([value], np.int64)
             pieces.append(namer(f"{node.name}.sizes"))
             extra.append(helper.make_node("Slice", [shape, *bounds], [pieces[-1]], name=pieces[-1]))
-        if axis is not None:
+        if place is not None:
             pieces.append(namer(f"{node.name}.size"))
-            graph.weights[pieces[-1]] = np.asarray([changed[axis]], np.int64)
-            start = axis + 1
+            graph.weights[pieces[-1]] = np.asarray([changed[place]], np.int64)
+            start = place + 1
     joined = namer(f"{node.name}.shape")
     extra.append(helper.make_node("Concat", pieces, [joined], name=joined, axis=0))
     node.input[1] = joined
