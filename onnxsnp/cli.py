@@ -147,15 +147,20 @@ def prune(
         ),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="Who goes: snp, l2, gm, random, reverse.", rich_help_panel=_METHOD)
+        str,
+        typer.Option(
+            help="Who goes, wherever selection decides (none and refit: everywhere): snp, l2, gm, random, reverse.",
+            rich_help_panel=_METHOD,
+        ),
     ] = "snp",
     compensation: Annotated[
         str,
         typer.Option(
-            help="none: the paper's cut. refit: projections behind a cut are refitted by least squares.",
+            help="none: the paper's cut. refit: what reads the cut neurons is refitted by least squares. full: "
+            "attention is rotated before it is cut, FFN neurons go by optimal brain surgeon, then refit.",
             rich_help_panel=_METHOD,
         ),
-    ] = "refit",
+    ] = "full",
     rank: Annotated[
         int | None,
         typer.Option(

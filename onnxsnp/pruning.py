@@ -25,15 +25,14 @@ from onnxsnp.graph.ir import Graph, graph_inputs
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, save, whole_file
 from onnxsnp.planning import allocation as allocating
-from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts, check_plan, fingerprint, keep_highest, read_plan
-from onnxsnp.reconstruction.refit import refit_consumers, refittable
+from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
+from onnxsnp.planning.selection import COMPENSATIONS, requirements, select
+from onnxsnp.reconstruction.full import rebuild
 from onnxsnp.runtime import InputSpec
-from onnxsnp.scoring.criteria import CRITERIA, score
-from onnxsnp.scoring.targets import scoring_target
+from onnxsnp.scoring.criteria import CRITERIA
 from onnxsnp.surgery.apply import Applied, apply, to_model
 from onnxsnp.verbs import choose_preprocess, class_names
 
-COMPENSATIONS = ("none", "refit")
 DEFAULT_SAMPLES = 64  # as many images as the paper uses
 _HELD_BACK = 32  # samples the fit does not see; agreement is measured on them
 _BATCH = 8
@@ -49,7 +48,7 @@ class Options:
     allocation: str = "auto"
     of: str = "macs"
     scope: str | Sequence[str] | None = None
-    compensation: str = "refit"
+    compensation: str = "full"
     criterion: str = "snp"
     rank: int | None = None
     calibration: Any = None
@@ -152,12 +151,20 @@ class _Run:
             mark = fingerprint(analysis.model)
         plan = self._given_plan(analysis, mark)
         counts = self._counts(analysis) if plan is None else None
-        scores = counts is not None and any(kept < analysis.groups[name].size for name, kept in counts.items())
         data = self._data(analysis)
         statistics, held, sample = self._calibrate(analysis, data, counts, plan)
         if plan is None:
             with self.stage("score"):
-                plan = self._select(analysis, counts or {}, statistics, mark) if scores else Plan(mark, [])
+                entries = select(
+                    analysis,
+                    counts or {},
+                    statistics,
+                    self.options.compensation,
+                    self.options.criterion,
+                    seed=self.options.seed,
+                    progress=lambda done, total: self.progress("score", done, total),
+                )
+            plan = Plan(mark, entries)
         plan.settings = plan.settings or self._settings(data)
         record = self._record(analysis, plan, data)
         if dry_run:
@@ -234,64 +241,40 @@ class _Run:
         if plan is not None:
             kept = {entry.id: entry.kept for entry in plan.groups}
         cut = [analysis.groups[name] for name, size in kept.items() if size < analysis.groups[name].size]
-        needs_scores = plan is None and CRITERIA[options.criterion].needs_qk
-        qk = [group for group in cut if group.kind == "qk"] if needs_scores else []
-        tensors = (
-            sorted({linear.data for group in cut for linear in refittable(group, analysis.linears)})
-            if options.compensation == "refit"
-            else []
-        )
+        needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         total = data.samples
         seen = min(options.samples, total - min(_HELD_BACK, total // 5))
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)
             batches: Iterable[Batch] = _chain(first, fit)
-            if qk or tensors:
+            if needed.nothing:
+                statistics = Statistics()
+                for _ in batches:  # the held-back part comes after what the fit would have seen
+                    pass
+            else:
                 statistics = collect(
                     analysis.graph,
                     analysis.dependencies,
                     analysis.structure.sites,
-                    qk,
-                    tensors,
+                    needed.scored,
+                    needed.tensors,
                     batches,
+                    pair_groups=needed.rotated,
                     rank=options.rank,
                     threads=options.threads,
                     provider=options.provider,
                     progress=lambda done: self.progress("calibrate", done, seen),
                 )
-            else:
-                statistics = Statistics()
-                for _ in batches:  # the held-back part comes after what the fit would have seen
-                    pass
         return statistics, held, first
-
-    def _select(self, analysis: Analysis, counts: Mapping[str, int], statistics: Statistics, mark: str) -> Plan:
-        rng = np.random.default_rng(self.options.seed)
-        entries = []
-        cut = {name: kept for name, kept in counts.items() if kept < analysis.groups[name].size}
-        for number, (name, kept) in enumerate(cut.items()):
-            group = analysis.groups[name]
-            target = scoring_target(
-                analysis.graph, analysis.dependencies, group, analysis.linears, statistics.qk.get(name)
-            )
-            scores = score(self.options.criterion, target, rng=rng)
-            entries.append(GroupPlan(name, group.kind, group.size, group.heads, keep_highest(scores, kept)))
-            self.progress("score", number + 1, len(cut))
-        return Plan(mark, entries)
 
     def _cut(
         self, analysis: Analysis, plan: Plan, statistics: Statistics, sample: Batch
     ) -> tuple[Applied, Verification]:
         updates: dict[str, np.ndarray] = {}
-        if self.options.compensation == "refit":
+        if self.options.compensation != "none":
             with self.stage("refit"):
-                groups = [analysis.groups[entry.id] for entry in plan.groups]
-                cuts = {cut.atom: cut for cut in as_cuts(plan, analysis.groups)}
-                by_id = {group.id: cuts[group.atom] for group in groups if group.atom in cuts}
-                updates = refit_consumers(
-                    analysis.graph, analysis.dependencies, groups, by_id, analysis.linears, statistics.moments
-                )
+                updates = rebuild(analysis, plan, statistics, self.options.compensation)
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):

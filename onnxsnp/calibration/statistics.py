@@ -51,26 +51,45 @@ class Moments:
 
 
 @dataclass
+class PairMoments:
+    """Second moments of the queries and keys of one attention module, per head.
+
+    Attributes:
+        query: Σ qᵀq over all tokens, [heads, size, size].
+        key: Σ (k − k̄)ᵀ(k − k̄) over all tokens, with the mean k̄ over the tokens of each image, [heads, size, size].
+        queries, keys: number of tokens summed over.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    queries: int = 0
+    keys: int = 0
+
+
+@dataclass
 class Statistics:
     """What a calibration pass measured.
 
     Attributes:
         qk: by group id, the scores of SNP eq. 4-6 summed over the images, [heads, size].
+        pairs: by group id, moments of queries and keys.
         moments: by tensor name.
         samples: images (or sequences) seen.
     """
 
     qk: dict[str, np.ndarray] = field(default_factory=dict)
+    pairs: dict[str, PairMoments] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     samples: int = 0
 
 
 @dataclass(frozen=True)
 class _Operand:
-    """Names of the added outputs for one operand of a score product, and the axes its Gram is indexed by."""
+    """Names of the added outputs for one operand of a score product, and the axes they are indexed by first."""
 
     gram: str
-    shape: str
+    mean: str
+    tokens: str
     others: tuple[Axis, ...]
 
 
@@ -82,6 +101,7 @@ def collect(
     tensors: Iterable[str],
     batches: Iterable[Batch],
     *,
+    pair_groups: Sequence[Group] = (),
     rank: int | None = None,
     threads: int | None = None,
     provider: str = "cpu",
@@ -91,6 +111,7 @@ def collect(
 
     Args:
         qk_groups: query-key groups to score (each belongs to one of `sites`).
+        pair_groups: query-key groups whose moments are wanted.
         tensors: activations (last axis: features) whose second moments are wanted.
         rank: components that count in eq. 6; estimated per image and head if None.
         progress: called with the number of samples after each batch.
@@ -100,18 +121,22 @@ def collect(
     """
     builder = _Builder(graph, dependencies)
     pairs = []
-    for group in qk_groups:
+    for group in {group.id: group for group in [*qk_groups, *pair_groups]}.values():
         site = sites[group.site or 0]
         pairs.append((group, builder.gram(site.query, site.query_tokens), builder.gram(site.key, site.key_tokens)))
+    scored, measured = ({group.id for group in wanted} for wanted in (qk_groups, pair_groups))
     wanted = {name: builder.moments(name) for name in tensors}
     result = Statistics()
     session = builder.session(threads, provider)
     for batch in batches:
         values = dict(zip(builder.outputs, session.run(builder.outputs, batch.inputs), strict=True))
         for group, query, key in pairs:
-            scores = _score(group, dependencies, values, query, key, rank, threads)
-            held = result.qk.get(group.id)
-            result.qk[group.id] = scores if held is None else held + scores
+            if group.id in scored:
+                scores = _score(group, dependencies, values, query, key, rank, threads)
+                held = result.qk.get(group.id)
+                result.qk[group.id] = scores if held is None else held + scores
+            if group.id in measured:
+                _add_pairs(result.pairs, group, dependencies, values, query, key)
         for name, (second, total, size) in wanted.items():
             _add(result.moments, name, values[second], values[total], int(values[size]))
         result.samples += batch.count
@@ -146,15 +171,36 @@ def _score(
     return qk_scores(
         _by_head(group, dependencies, values[query.gram], query),
         _by_head(group, dependencies, values[key.gram], key),
-        int(values[query.shape]),
-        int(values[key.shape]),
+        int(values[query.tokens]),
+        int(values[key.tokens]),
         rank=rank,
         threads=threads,
     )
 
 
+def _add_pairs(
+    pairs: dict[str, PairMoments],
+    group: Group,
+    dependencies: Dependencies,
+    values: dict[str, np.ndarray],
+    query: _Operand,
+    key: _Operand,
+) -> None:
+    """Add one batch to a group's moments of queries and keys."""
+    tokens_q, tokens_k = int(values[query.tokens]), int(values[key.tokens])
+    grams_q = _by_head(group, dependencies, values[query.gram], query).astype(np.float64)
+    grams_k = _by_head(group, dependencies, values[key.gram], key).astype(np.float64)
+    means = _by_head(group, dependencies, values[key.mean], key).astype(np.float64)
+    zero = np.zeros((group.heads, group.size, group.size))
+    held = pairs.setdefault(group.id, PairMoments(zero, zero))
+    held.query = held.query + grams_q.sum(axis=0)
+    held.key = held.key + grams_k.sum(axis=0) - tokens_k * np.einsum("ihc,ihd->hcd", means, means)
+    held.queries += tokens_q * len(grams_q)
+    held.keys += tokens_k * len(grams_k)
+
+
 def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand: _Operand) -> np.ndarray:
-    """Gram matrices as [images, heads, d, d], whatever axes batch and heads shared."""
+    """Grams [.., d, d] or means [.., d] as [images, heads, ...], whatever axes batch and heads shared."""
     labels: list[int | None] = []
     shape: list[int] = []
     for index, axis in enumerate(operand.others):
@@ -167,9 +213,10 @@ def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand
         shape.extend(sizes or [gram.shape[index]])
     heads = [labels.index(atom) for atom in group.head_atoms]
     images = [index for index in range(len(labels)) if index not in heads]
-    size = gram.shape[-1]
-    view = gram.reshape(*shape, size, size).transpose(*images, *heads, len(labels), len(labels) + 1)
-    return view.reshape(-1, group.heads, size, size)
+    own = gram.shape[len(operand.others) :]
+    last = range(len(labels), len(labels) + len(own))
+    view = gram.reshape(*shape, *own).transpose(*images, *heads, *last)
+    return view.reshape(-1, group.heads, *own)
 
 
 class _Builder:
@@ -197,22 +244,19 @@ class _Builder:
         columns = self._node("Transpose", [tensor], perm=[*others, at, token_at])
         gram = self._node("MatMul", [columns, rows])
         count = self._node("Gather", [self._node("Shape", [tensor]), self._constant(np.asarray(token_at))])
-        self.outputs.extend([gram, count])
-        return _Operand(gram, count, axes)
+        mean = self._mean(rows, rank - 2)
+        self.outputs.extend([gram, mean, count])
+        return _Operand(gram, mean, count, axes)
 
     def moments(self, tensor: str) -> tuple[str, str, str]:
         """XᵀX, Σx and the number of entries of an activation with its features last."""
         width = self._deps.facts.shapes[tensor][-1]
         flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
         second = self._node("Gemm", [flat, flat], transA=1)
-        ones = (
-            self._node("ReduceMean", [flat], axes=[0], keepdims=0)
-            if self._graph.opset < 18
-            else self._node("ReduceMean", [flat, self._constant(np.asarray([0]))], keepdims=0)
-        )
+        mean = self._mean(flat, 0)
         size = self._node("Size", [flat])
         rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
-        total = self._node("Mul", [ones, rows])
+        total = self._node("Mul", [mean, rows])
         self.outputs.extend([second, total, size])
         return second, total, size
 
@@ -229,6 +273,11 @@ class _Builder:
         if axis in self._deps.facts.virtual:
             return (axis[0], 0) if index == 2 else (tokens[0], 0)
         return (axis[0], index)
+
+    def _mean(self, tensor: str, axis: int) -> str:
+        if self._graph.opset < 18:
+            return self._node("ReduceMean", [tensor], axes=[axis], keepdims=0)
+        return self._node("ReduceMean", [tensor, self._constant(np.asarray([axis]))], keepdims=0)
 
     def _full(self, tensor: str) -> str:
         return self._node("Cast", [tensor], to=TensorProto.FLOAT) if self._half else tensor

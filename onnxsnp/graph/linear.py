@@ -87,3 +87,16 @@ def neuron_matrix(graph: Graph, dependencies: Dependencies, group: Group, weight
     order = first + [index for index in range(len(labels)) if index not in first]
     view = np.asarray(array).reshape(shape).transpose(order)
     return view.reshape(group.heads * group.size, -1).astype(np.float64)
+
+
+def neuron_places(graph: Graph, dependencies: Dependencies, group: Group, weight: str, axis: int) -> np.ndarray:
+    """Where a group's neurons lie along a weight axis.
+
+    Returns:
+        [heads, size] indices into the axis.
+    """
+    atoms = dependencies.atoms(weight, axis)
+    view = np.arange(graph.weights[weight].shape[axis]).reshape([dependencies.size(atom) for atom in atoms])
+    first = [atoms.index(atom) for atom in (*group.head_atoms, group.atom)]
+    order = first + [index for index in range(len(atoms)) if index not in first]
+    return view.transpose(order).reshape(group.heads, group.size)
