@@ -21,12 +21,15 @@ from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
 from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
+from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, save, whole_file
 from onnxsnp.planning import allocation as allocating
+from onnxsnp.planning.automatic import allocate
+from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
-from onnxsnp.planning.selection import COMPENSATIONS, requirements, select
+from onnxsnp.planning.selection import COMPENSATIONS, Selector, requirements
 from onnxsnp.reconstruction.full import rebuild
 from onnxsnp.runtime import InputSpec
 from onnxsnp.scoring.criteria import CRITERIA
@@ -34,7 +37,7 @@ from onnxsnp.surgery.apply import Applied, apply, to_model
 from onnxsnp.verbs import choose_preprocess, class_names
 
 DEFAULT_SAMPLES = 64  # as many images as the paper uses
-_HELD_BACK = 32  # samples the fit does not see; agreement is measured on them
+_HELD_BACK = 32  # samples the fit does not see: so many to measure sensitivities on, and as many to judge the result
 _BATCH = 8
 
 Progress = Callable[[str, int, int], None]
@@ -119,6 +122,7 @@ class _Run:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.allocation: dict[str, Any] | None = None
         self._check_options()
 
     def _check_options(self) -> None:
@@ -150,21 +154,12 @@ class _Run:
             analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
             mark = fingerprint(analysis.model)
         plan = self._given_plan(analysis, mark)
-        counts = self._counts(analysis) if plan is None else None
+        counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         data = self._data(analysis)
-        statistics, held, sample = self._calibrate(analysis, data, counts, plan)
+        statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
+        held = rest[len(rest) // 2 :] if plan is None and counts is None else rest
         if plan is None:
-            with self.stage("score"):
-                entries = select(
-                    analysis,
-                    counts or {},
-                    statistics,
-                    self.options.compensation,
-                    self.options.criterion,
-                    seed=self.options.seed,
-                    progress=lambda done, total: self.progress("score", done, total),
-                )
-            plan = Plan(mark, entries)
+            plan = self._make_plan(analysis, counts, statistics, rest[: len(rest) // 2], mark)
         plan.settings = plan.settings or self._settings(data)
         record = self._record(analysis, plan, data)
         if dry_run:
@@ -188,29 +183,101 @@ class _Run:
         check_plan(plan, analysis.groups, mark)
         return plan
 
-    def _counts(self, analysis: Analysis) -> dict[str, int]:
-        """Kept neurons by group id."""
+    def _scoped(self, analysis: Analysis) -> list[Group]:
+        """The groups that may be cut."""
         options = self.options
-        from_file = options.allocation not in ("auto", "uniform")
         if options.scope is not None:
             scope = allocating.parse_scope(options.scope)
+            if "head" in scope:
+                raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
         else:
-            scope = allocating.SCOPES if from_file else allocating.DEFAULT_SCOPE
-        if "head" in scope and options.scope is not None:
-            raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
+            scope = allocating.SCOPES if self._from_file else allocating.DEFAULT_SCOPE
         groups = [group for group in analysis.structure.groups if group.kind in scope and group.prunable]
         if not groups:
             raise PlanError(
                 f"the model has nothing to cut in scope {','.join(scope)}",
                 hint="onnxsnp inspect lists its groups and the reasons",
             )
-        if from_file:
-            counts = allocating.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
-        elif options.allocation == "uniform":
-            counts = allocating.uniform(groups, options.ratio or 0.0, options.multiple_of)
-        else:
-            counts = allocating.to_cost(groups, analysis.cost, options.ratio or 0.0, options.of, options.multiple_of)
-        return counts
+        return groups
+
+    @property
+    def _from_file(self) -> bool:
+        return self.options.allocation not in ("auto", "uniform")
+
+    def _automatic(self, analysis: Analysis) -> bool:
+        """Whether widths are found from error curves; these exist with full compensation, for attention and FFN."""
+        options = self.options
+        if options.allocation != "auto" or options.compensation != "full" or not options.ratio:
+            return False
+        if all(group.kind in ("qk", "v", "ffn") for group in self._scoped(analysis)):
+            return True
+        self.notes.append("the scope holds groups without error curves: one ratio for all of them")
+        return False
+
+    def _counts(self, analysis: Analysis) -> dict[str, int]:
+        """Kept neurons by group id, for allocations that need no measurement."""
+        options, groups = self.options, self._scoped(analysis)
+        if self._from_file:
+            return allocating.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
+        if options.allocation == "uniform":
+            return allocating.uniform(groups, options.ratio or 0.0, options.multiple_of)
+        return allocating.to_cost(groups, analysis.cost, options.ratio or 0.0, options.of, options.multiple_of)
+
+    def _to_cut(self, analysis: Analysis, plan: Plan | None, counts: Mapping[str, int] | None) -> list[Group]:
+        """The groups about which something has to be known."""
+        if plan is not None:
+            counts = {entry.id: entry.kept for entry in plan.groups}
+        if counts is None:
+            return self._scoped(analysis)
+        return [analysis.groups[name] for name, kept in counts.items() if kept < analysis.groups[name].size]
+
+    def _make_plan(
+        self,
+        analysis: Analysis,
+        counts: Mapping[str, int] | None,
+        statistics: Statistics,
+        unseen: list[Batch],
+        mark: str,
+    ) -> Plan:
+        """Choose widths if they are not given, and neurons."""
+        options = self.options
+        selector = Selector(analysis, statistics, options.compensation, options.criterion, options.seed)
+        if counts is None:
+            with self.stage("allocate"):
+                counts = self._allocate(analysis, selector, statistics, unseen)
+        with self.stage("score"):
+            return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
+
+    def _allocate(
+        self, analysis: Analysis, selector: Selector, statistics: Statistics, unseen: list[Batch]
+    ) -> dict[str, int]:
+        """Widths from error curves and measured sensitivities."""
+        options = self.options
+        groups = [group for group in self._scoped(analysis) if selector.curve(group) is not None]
+        if not groups or not unseen:
+            why = "no group has an error curve" if not groups else "too few samples to measure sensitivities"
+            self.notes.append(f"{why}: one ratio for all groups")
+            return self._counts(analysis)
+        loss = Loss(
+            analysis, statistics, options.compensation, unseen, threads=options.threads, provider=options.provider
+        )
+        found = allocate(
+            groups,
+            analysis.cost,
+            options.ratio or 0.0,
+            options.of,
+            options.multiple_of,
+            selector,
+            loss,
+            lambda done, total: self.progress("allocate", done, total),
+        )
+        self.allocation = {
+            "loss": found.loss,
+            "start": found.start,
+            "balance": found.balance,
+            "sensitivity": found.sensitivity,
+        }
+        return found.counts
 
     def _data(self, analysis: Analysis) -> Dataset:
         options = self.options
@@ -218,7 +285,7 @@ class _Run:
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.samples + _HELD_BACK,
+            samples=options.samples + 2 * _HELD_BACK,
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
@@ -233,17 +300,13 @@ class _Run:
         return given if isinstance(given, Preprocess) else choose_preprocess(specs, analysis.model.metadata, given)
 
     def _calibrate(
-        self, analysis: Analysis, data: Dataset, counts: Mapping[str, int] | None, plan: Plan | None
+        self, analysis: Analysis, data: Dataset, cut: Sequence[Group], plan: Plan | None
     ) -> tuple[Statistics, list[Batch], Batch]:
         """Measure what the plan needs on all but the last samples, which are held back."""
         options = self.options
-        kept = dict(counts or {})
-        if plan is not None:
-            kept = {entry.id: entry.kept for entry in plan.groups}
-        cut = [analysis.groups[name] for name, size in kept.items() if size < analysis.groups[name].size]
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         total = data.samples
-        seen = min(options.samples, total - min(_HELD_BACK, total // 5))
+        seen = min(options.samples, total - min(2 * _HELD_BACK, total // 4))
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)
@@ -324,6 +387,7 @@ class _Run:
             "settings": {**self._settings(data)},
             "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
             "skipped": len(data.skipped),
+            "allocation": self.allocation,
             "notes": self.notes,
             "seconds": self.seconds,
         }

@@ -124,9 +124,7 @@ def batches(train: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def conv_bn(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution with batch normalisation (folded into the convolution on export)."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
 
 
 class Attention(nn.Module):
@@ -135,18 +133,19 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = (width // heads) ** -0.5
+        self.head_size = width // heads
+        self.scale = self.head_size**-0.5
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         count, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(count, tokens, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x).reshape(count, tokens, 3, self.heads, self.head_size)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         # Plain operators: with 65 tokens on a CPU they are faster than F.scaled_dot_product_attention (whose backward
         # pass is slow there), and they export to the MatMul - Mul - Softmax - MatMul pattern of other DeiTs.
         weights = (query @ key.transpose(-2, -1) * self.scale).softmax(dim=-1)
-        mixed = weights.to(value.dtype) @ value
+        mixed = weights @ value
         return self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
 
 
@@ -237,9 +236,7 @@ def make_optimizers(model: Deit, config: Config) -> list[torch.optim.Optimizer]:
         {"params": plain, "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(
-            matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=config.adamw_lr, betas=(0.9, 0.98)),
     ]
 
@@ -286,9 +283,7 @@ class GradientPool:
                 return total
             with torch.autocast("cpu", torch.bfloat16):
                 logits = replica(image)
-            loss = F.cross_entropy(
-                logits.float(), label, label_smoothing=self.config.label_smoothing, reduction="sum"
-            )
+            loss = F.cross_entropy(logits.float(), label, label_smoothing=self.config.label_smoothing, reduction="sum")
             loss = loss / batch_size
             loss.backward()
             total += loss.item()

@@ -7,7 +7,7 @@ copies of a `Graph` share them, and `session` hands them to onnxruntime without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from onnxsnp.runtime import InputSpec, open_session
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-_SHARED_BYTES = 1024  # smaller weights travel inside the proto: shape inference needs the values of shape constants
+_CONSTANT_SIZE = 16  # entries; weights up to this size, and integers, are written into a session's model
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class Graph:
             model.graph.initializer.append(to_tensor(array, name))
         return model
 
-    def skeleton(self) -> onnx.ModelProto:
-        """A valid model of the same structure in which large weights are inputs; for checks that need no values."""
+    def skeleton(self, feed: Collection[str] = ()) -> onnx.ModelProto:
+        """A valid model of the same structure in which large weights, and those in `feed`, are inputs."""
         model = onnx.ModelProto()
         model.CopyFrom(self.shell)
         model.graph.node.extend(self.nodes)
         for name, array in self.weights.items():
-            if not _is_shared(array):
+            if not _is_fed(array) and name not in feed:
                 model.graph.initializer.append(to_tensor(array, name))
             else:
                 kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -140,21 +140,23 @@ class Graph:
         threads: int | None = None,
         provider: str = "cpu",
         optimize: bool = True,
+        feed: Collection[str] = (),
     ) -> SharedSession:
         """Open this graph in onnxruntime without copying its weights.
 
         Args:
             outputs: tensor names to return instead of the model's own outputs.
             optimize: False keeps every tensor of the graph as it is written (no fusion).
+            feed: weights that must be replaceable in `SharedSession.run`, however small they are.
 
         Raises:
             ModelError: onnxruntime refuses the graph.
         """
-        model = self.skeleton()
+        model = self.skeleton(feed)
         if outputs is not None:
             del model.graph.output[:]
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        shared = {name: array for name, array in self.weights.items() if _is_shared(array)}
+        shared = {name: array for name, array in self.weights.items() if _is_fed(array) or name in feed}
         session = open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize)
         return SharedSession(session, shared)
 
@@ -182,10 +184,23 @@ class SharedSession:
     def get_providers(self) -> list[str]:
         return list(self._session.get_providers())
 
-    def run(self, outputs: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs by name, or all of them in order."""
+    def run(
+        self,
+        outputs: Sequence[str] | None,
+        feeds: Mapping[str, np.ndarray],
+        weights: Mapping[str, np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """Outputs by name, or all of them in order; `weights` stand in for the graph's own in this run.
+
+        Raises:
+            KeyError: a weight that is not fed (see `session`) cannot be replaced.
+        """
         names = list(outputs) if outputs is not None else [value.name for value in self._session.get_outputs()]
-        values = {name: self._wrap(np.asarray(array, order="C")) for name, array in feeds.items()}
+        if weights and weights.keys() - self._weights.keys():
+            raise KeyError(f"cannot replace {sorted(weights.keys() - self._weights.keys())}")
+        values = {
+            name: self._wrap(np.asarray(array, order="C")) for name, array in [*feeds.items(), *(weights or {}).items()]
+        }
         return [value.numpy() for value in self._session.run_with_ort_values(names, {**self._weights, **values})]
 
 
@@ -241,9 +256,9 @@ def to_tensor(array: np.ndarray, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(array, order="C"), name)
 
 
-def _is_shared(array: np.ndarray) -> bool:
-    """Whether a weight is fed to sessions; small ones must stay constants, since shape inference needs their values."""
-    return array.nbytes >= _SHARED_BYTES and array.dtype.kind in "fiub"
+def _is_fed(array: np.ndarray) -> bool:
+    """Whether a weight is fed to sessions; integers and short lists stay constants, which shape inference needs."""
+    return array.size > _CONSTANT_SIZE and array.dtype.kind == "f"
 
 
 class Namer:

@@ -15,8 +15,8 @@ import numpy as np
 from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.plan import GroupPlan, keep_highest
-from onnxsnp.reconstruction.ffn import removal_order
-from onnxsnp.reconstruction.full import Rotations, find_rotations
+from onnxsnp.reconstruction.ffn import Removal, removal_order
+from onnxsnp.reconstruction.full import Rotations, attention_errors, find_rotations
 from onnxsnp.reconstruction.refit import refittable
 from onnxsnp.scoring.criteria import CRITERIA, score
 from onnxsnp.scoring.targets import dead_neurons, scoring_target
@@ -70,45 +70,74 @@ def requirements(
     return Requirements(tuple(scored), tuple(rotated), tuple(tensors))
 
 
-def select(
-    analysis: Analysis,
-    counts: Mapping[str, int],
-    statistics: Statistics,
-    compensation: str,
-    criterion: str,
-    *,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[GroupPlan]:
-    """Choose the neurons of every group that is cut.
+class Selector:
+    """Chooses the neurons of groups for any widths; what does not depend on the width is computed once.
 
     Args:
-        counts: kept neurons per head, by group id.
-        progress: called with (groups done, groups in all).
+        criterion: who goes, wherever selection decides.
+        statistics: what `requirements` asked for.
     """
-    rotations = rotations_for(analysis, compensation)
-    rng = np.random.default_rng(seed)
-    cut = {name: kept for name, kept in counts.items() if kept < analysis.groups[name].size}
-    entries = []
-    for number, (name, kept) in enumerate(cut.items()):
-        group = analysis.groups[name]
-        if name in rotations.pairs or name in rotations.values:
-            keep = [list(range(kept)) for _ in range(group.heads)]
-        elif compensation == "full" and group.kind == "ffn" and refittable(group, analysis.linears):
-            keep = [_surgeon(analysis, group, kept, statistics)]
-        else:
-            target = scoring_target(
-                analysis.graph, analysis.dependencies, group, analysis.linears, statistics.qk.get(name)
-            )
-            keep = keep_highest(score(criterion, target, rng=rng), kept)
-        entries.append(GroupPlan(name, group.kind, group.size, group.heads, keep))
-        if progress is not None:
-            progress(number + 1, len(cut))
-    return entries
+
+    def __init__(
+        self, analysis: Analysis, statistics: Statistics, compensation: str, criterion: str, seed: int = 0
+    ) -> None:
+        self._analysis, self._statistics = analysis, statistics
+        self._compensation, self._criterion = compensation, criterion
+        self._rng = np.random.default_rng(seed)
+        self._scores: dict[str, np.ndarray] = {}
+        self._removals: dict[str, Removal] = {}
+        self.rotations = rotations_for(analysis, compensation)
+
+    def entries(self, counts: Mapping[str, int], progress: Callable[[int, int], None] | None = None) -> list[GroupPlan]:
+        """What stays of every group that is cut.
+
+        Args:
+            counts: kept neurons per head, by group id.
+            progress: called with (groups done, groups in all).
+        """
+        cut = {name: kept for name, kept in counts.items() if kept < self._analysis.groups[name].size}
+        found = []
+        for number, (name, kept) in enumerate(cut.items()):
+            group = self._analysis.groups[name]
+            found.append(GroupPlan(name, group.kind, group.size, group.heads, self._keep(group, kept)))
+            if progress is not None:
+                progress(number + 1, len(cut))
+        return found
+
+    def curve(self, group: Group) -> np.ndarray | None:
+        """Squared error left at the group's own output by width, [size + 1]; None where no closed form gives it."""
+        if group.id in self.rotations.pairs or group.id in self.rotations.values:
+            return attention_errors(self._analysis, group, self._statistics, self.rotations)
+        if self._by_surgeon(group):
+            errors = self.removal(group).errors
+            return np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
+        return None
+
+    def removal(self, group: Group) -> Removal:
+        """The order in which an FFN's neurons go."""
+        if group.id not in self._removals:
+            self._removals[group.id] = _surgeon(self._analysis, group, self._statistics)
+        return self._removals[group.id]
+
+    def _keep(self, group: Group, kept: int) -> list[list[int]]:
+        if group.id in self.rotations.pairs or group.id in self.rotations.values:
+            return [list(range(kept)) for _ in range(group.heads)]
+        if self._by_surgeon(group):
+            gone = {int(index) for index in self.removal(group).order[: group.size - kept]}
+            return [sorted(set(range(group.size)) - gone)]
+        if group.id not in self._scores:
+            analysis = self._analysis
+            qk = self._statistics.qk.get(group.id)
+            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk)
+            self._scores[group.id] = score(self._criterion, target, rng=self._rng)
+        return keep_highest(self._scores[group.id], kept)
+
+    def _by_surgeon(self, group: Group) -> bool:
+        return self._compensation == "full" and group.kind == "ffn" and bool(refittable(group, self._analysis.linears))
 
 
-def _surgeon(analysis: Analysis, group: Group, kept: int, statistics: Statistics) -> list[int]:
-    """The neurons of an FFN that optimal brain surgeon leaves."""
+def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Removal:
+    """All but one neuron of an FFN in the order in which optimal brain surgeon removes them."""
     graph, dependencies = analysis.graph, analysis.dependencies
     readers = refittable(group, analysis.linears)
     weight = np.concatenate(
@@ -117,5 +146,4 @@ def _surgeon(analysis: Analysis, group: Group, kept: int, statistics: Statistics
     target = scoring_target(graph, dependencies, group, analysis.linears)
     dead = dead_neurons(graph, dependencies, group, target.filters).reshape(-1)
     covariance = statistics.moments[readers[0].data].covariance
-    gone = removal_order(weight, covariance, group.size - kept, first=dead).order
-    return sorted(set(range(group.size)) - {int(index) for index in gone})
+    return removal_order(weight, covariance, group.size - 1, first=dead)

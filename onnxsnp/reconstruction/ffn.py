@@ -1,8 +1,8 @@
 """Optimal brain surgeon for a width behind a nonlinearity: which neurons go, and what that costs after the refit.
 
-METHODS 2.3; for the output error of one layer: ZipLM (arXiv 2302.04089, eq. 2-3), SlimGPT (arXiv 2412.18110), after Hassibi
-and Stork (1992). The consumer y = x W reads K neurons whose covariance on the calibration data is C. With Ci = (C + λI)⁻¹
-the least that the removal of neuron p can cost, when all others may be refitted to take over its part, is
+METHODS 2.3; for the output error of one layer as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110), after
+Hassibi and Stork (1992). The consumer y = x W reads K neurons whose covariance on the calibration data is C. With
+Ci = (C + λI)⁻¹, the least that removing neuron p can cost when all others may be refitted to take over its part is
 
     s_p = ‖W_p‖² / Ci_pp,   and then   W ← W − Ci_:p W_p / Ci_pp,   Ci ← Ci − Ci_:p Ci_p: / Ci_pp.
 
@@ -10,14 +10,15 @@ The neuron with the smallest s goes, and so on. After every step W is the soluti
 
     min E‖x W₀ − x W‖² + λ‖W − W₀‖²   over the W that are zero in the removed rows,
 
-and the sum of the s so far is this minimum: the exact error curve of the order, good for the allocation. The same W is what
-`refit.solve` gives for the kept set (exact ridge least squares with the same λ), so this module only chooses. The new weights
-and the bias, which takes up the change of the mean, are left to `refit.solve`.
+and the sum of the s so far is this minimum: the exact error curve of the order, good for the allocation. The same W is
+what `refit.solve` gives for the kept set (exact ridge least squares with the same λ), so this module only chooses. The
+new weights, and the bias that takes up the change of the mean, are left to `refit.solve`.
 
-How it is fast: Ci shrinks exactly as in a Cholesky factorisation of Ci with pivots chosen by s (compare LAPACK's dpstrf).
-Of W only the scalar products of its rows are needed, G = W Wᵀ, and these have an update of the same form. So the K×K matrices
-stay as they were for a panel of `block` removals. Within it only the columns that are asked for are brought up to date, from the
-panel's own rows, and at its end the panel is subtracted as one matrix product. Every choice is still that of the plain greedy.
+How it is fast: Ci shrinks exactly as in a Cholesky factorisation of Ci with pivots chosen by s (compare LAPACK's
+dpstrf). Of W only the scalar products of its rows are needed, G = W Wᵀ, and their update has the same form. So the K×K
+matrices stay as they were for a panel of `block` removals. Within it only the columns that are asked for are brought up
+to date, from the panel's own rows, and at its end the panel is subtracted as one matrix product. Every choice is still
+that of the plain sequential greedy.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from scipy import linalg
 
 from onnxsnp.reconstruction.refit import RIDGE
 
-BLOCK = 64  # removals per matrix product; 32 to 128 are alike
+BLOCK = 96  # removals per matrix product; 64 to 128 are alike
 MIN_RIDGE = 1e-10  # of the mean diagonal: below it the inverse of a singular covariance is rounding noise
 COMPACT = 1 / 8  # share of removed rows at which the matrices are copied without them
 STRIPE = 256  # rows per product in an update, so that temporaries stay in the cache
@@ -41,7 +42,7 @@ class Removal:
 
     Attributes:
         order: indices of the removed neurons in the order they go, [removed].
-        errors: after each removal, E‖y − y'‖² per token, summed over the consumer's outputs, of the best refit, plus its
+        errors: after each removal, E‖y − y'‖² per token of the best refit, summed over the consumer's outputs, plus its
             ridge term λ‖W − W'‖² (both in the square of the output's unit); [removed], never decreasing.
     """
 
@@ -66,8 +67,8 @@ def removal_order(
         remove: how many go, 0 to K − 1. The order does not depend on it, so K − 1 gives the curve for every width.
         ridge: λ as a share of the mean diagonal of the covariance, as in `refit.solve`; at least `MIN_RIDGE`.
         block: removals per panel, for speed only: the order is that of the sequential greedy for every value.
-        first: bool, [K]; neurons known to be dead (constant, or all their weights zero). They go before all others, in the
-            order of their indices, and are charged nothing, not even their ridge term.
+        first: bool, [K]; neurons known to be dead (constant, or all their weights zero). They go before all others, in
+            the order of their indices, and are charged nothing, not even their ridge term.
 
     Raises:
         ValueError: shapes that do not fit, `remove` out of range, or values that are not finite.
@@ -107,9 +108,7 @@ def _surgeon(
     costs: list[np.ndarray] = []
     if remove <= 0:
         return np.zeros(0, np.int64), np.zeros(0)
-    # The inverse's diagonal cannot fall below this (the pivot of a neuron with all others known): guards the divisions.
-    floor = 1 / (np.maximum(covariance.diagonal(), 0.0) + ridge)
-    inverse = _inverse(covariance, ridge)
+    inverse, floor = _inverse(covariance, ridge)
     gram = weight @ weight.T
     while remove > 0:
         panel = _Panel(inverse, gram, floor, gone, min(block, remove))
@@ -129,9 +128,9 @@ def _surgeon(
 class _Panel:
     """A run of removals from matrices that stay as they are until `subtract`.
 
-    With Ci and W as at the start, p the neuron of step i, and Ci', W' the matrices just before that step, the panel holds
+    With Ci and W as at the start, p the neuron of step i, Ci' and W' the matrices just before that step, it holds
 
-        y_i = Ci'_:p / √Ci'_pp   [width],    z_i = W'_p / √Ci'_pp   [out, only in products],    u_i = W z_iᵀ   [width],
+        y_i = Ci'_:p / √Ci'_pp   [width],   z_i = W'_p / √Ci'_pp   [out, only in products],   u_i = W z_iᵀ   [width],
 
     so that the current matrices are Ci − yᵀy and W − yᵀz, and those products follow from G = W Wᵀ.
 
@@ -142,7 +141,6 @@ class _Panel:
 
     def __init__(self, inverse: np.ndarray, gram: np.ndarray, floor: np.ndarray, gone: np.ndarray, steps: int) -> None:
         self._inverse, self._gram = inverse, gram
-        steps = min(steps, int((~gone).sum()))
         self._y = np.zeros((steps, len(gone)))
         self._u = np.zeros((steps, len(gone)))
         self._zz = np.zeros((steps, steps))  # z_i · z_j
@@ -190,18 +188,24 @@ def _subtract(matrix: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         matrix[start + STRIPE :, rows] = matrix[rows, start + STRIPE :].T
 
 
-def _inverse(covariance: np.ndarray, ridge: float) -> np.ndarray:
-    """(C + ridge I)⁻¹, exactly symmetric."""
+def _inverse(covariance: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """(C + ridge I)⁻¹, exactly symmetric, [K, K], and what its diagonal cannot fall below in any removal, [K].
+
+    That bound, 1 / (C_pp + ridge), is the pivot of the last neuron left: it keeps rounding out of the divisions.
+    """
     regular = (covariance + covariance.T) / 2
-    regular.flat[:: len(regular) + 1] += ridge
+    every = np.s_[:: len(regular) + 1]
+    regular.flat[every] += ridge
     factor, failed = linalg.lapack.dpotrf(regular, lower=1)
     if failed:  # sums of single precision products can leave eigenvalues below −ridge: they stand for zero
-        regular.flat[:: len(regular) + 1] -= ridge
+        regular.flat[every] -= ridge
         values, vectors = np.linalg.eigh(regular)
-        spread = vectors / np.sqrt(np.maximum(values, 0.0) + ridge)
-        return spread @ spread.T
+        values = np.maximum(values, 0.0) + ridge
+        spread = vectors / np.sqrt(values)
+        return spread @ spread.T, 1 / (vectors**2 @ values)
+    floor = 1 / regular.diagonal()
     half = np.tril(linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)[0])
     diagonal = half.diagonal().copy()
     half += half.T
-    half.flat[:: len(half) + 1] = diagonal
-    return np.ascontiguousarray(half)
+    half.flat[every] = diagonal
+    return np.ascontiguousarray(half), floor

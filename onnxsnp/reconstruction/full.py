@@ -6,7 +6,7 @@ decides which neurons (or directions) fill them, and with which weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,16 @@ def value_bases(analysis: Analysis, site: ValueSite, moments: Moments) -> list[V
     covariance = moments.covariance
     projection = np.moveaxis(analysis.graph.weights[site.output.weight], site.output.inner, 0).astype(np.float64)
     return [value_basis(covariance[np.ix_(rows, rows)], projection[rows]) for rows in places]
+
+
+def attention_errors(analysis: Analysis, group: Group, statistics: Statistics, rotations: Rotations) -> np.ndarray:
+    """Squared error by width of a rotated group, summed over its heads, [size + 1]."""
+    if group.id in rotations.pairs:
+        bases: Sequence[PairBasis | ValueBasis] = pair_bases(statistics.pairs[group.id])
+    else:
+        site = rotations.values[group.id]
+        bases = value_bases(analysis, site, statistics.moments[site.output.data])
+    return np.sum([basis.errors for basis in bases], axis=0)
 
 
 def rotate_pairs(analysis: Analysis, site: PairSite, bases: list[PairBasis], keep: np.ndarray) -> dict[str, np.ndarray]:

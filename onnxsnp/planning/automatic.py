@@ -1,0 +1,181 @@
+"""Automatic allocation: widths that lose least for the cost they save (METHODS 2.6).
+
+Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
+measured by cutting the group alone. The knapsack over these curves is the start; since single-group sensitivities do
+not simply add up, the balance between the kinds of groups is then refined on the joint loss of whole plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxsnp.errors import PlanError
+from onnxsnp.evaluation.cost import CostModel
+from onnxsnp.graph.groups import Group
+from onnxsnp.planning.allocation import TOLERANCE
+from onnxsnp.planning.curves import Loss
+from onnxsnp.planning.selection import Selector
+
+REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
+_STEPS = (2.0, 1.4)  # factors by which the weight of a kind of groups is changed while refining
+
+
+@dataclass
+class Allocation:
+    """Widths, and why.
+
+    Attributes:
+        counts: kept neurons by group id.
+        sensitivity: by group id, the loss when the group alone loses `REMOVED` of its neurons.
+        balance: by kind, the factor that refining put on the sensitivities.
+        loss: joint loss of the plan; start is that of the knapsack's first answer.
+    """
+
+    counts: dict[str, int]
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    balance: dict[str, float] = field(default_factory=dict)
+    loss: float = float("nan")
+    start: float = float("nan")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One group of the knapsack: the widths it may have, the loss and the cost at each."""
+
+    group: Group
+    widths: np.ndarray
+    losses: np.ndarray
+    costs: np.ndarray
+
+
+def allocate(
+    groups: Sequence[Group],
+    cost: CostModel,
+    share: float,
+    what: str,
+    multiple: int,
+    selector: Selector,
+    loss: Loss,
+    progress: Callable[[int, int], None] | None = None,
+) -> Allocation:
+    """Widths that remove a share of the model's cost at the least loss.
+
+    Args:
+        share: part of the whole model's cost to remove.
+        what: "macs" or "params".
+        progress: called with (measurements done, measurements in all).
+
+    Raises:
+        PlanError: the groups cannot give that much.
+    """
+    curves = {group.id: curve for group in groups if (curve := selector.curve(group)) is not None}
+    known = [group for group in groups if group.id in curves]
+    refinements = 2 * len(_STEPS) * (len({group.kind for group in known}) - 1)
+    total = len(known) + 1 + refinements
+    done = 0
+
+    def measured(counts: Mapping[str, int]) -> float:
+        nonlocal done
+        value = loss(selector.entries(counts))
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return value
+
+    scale, sensitivity = {}, {}
+    for group in known:
+        kept = max(1, round(group.size * (1 - REMOVED)))
+        sensitivity[group.id] = measured({group.id: kept})
+        scale[group.id] = sensitivity[group.id] / max(float(curves[group.id][kept]), np.finfo(np.float64).tiny)
+
+    def solved(balance: Mapping[str, float]) -> dict[str, int]:
+        items = [
+            _item(group, curves[group.id] * scale[group.id] * balance[group.kind], cost, what, multiple)
+            for group in known
+        ]
+        return knapsack(items, cost, what, share)
+
+    balance = {group.kind: 1.0 for group in known}
+    best = solved(balance)
+    start = value = measured(best)
+    for step in _STEPS:
+        for kind in list(balance)[1:]:
+            for factor in (step, 1 / step):
+                trial = {**balance, kind: balance[kind] * factor}
+                counts = solved(trial)
+                now = measured(counts) if counts != best else value
+                if now < value:
+                    balance, best, value = trial, counts, now
+                    break
+    return Allocation(best, sensitivity, balance, value, start)
+
+
+def _item(group: Group, losses: np.ndarray, cost: CostModel, what: str, multiple: int) -> _Item:
+    widths = np.unique(np.append(np.arange(min(multiple, group.size), group.size + 1, multiple), group.size))
+    costs = np.asarray([cost.total(what, {group.atom: int(width)}) for width in (0, group.size)])
+    slope = (costs[1] - costs[0]) / group.size
+    return _Item(group, widths, losses[widths], slope * widths)
+
+
+def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -> dict[str, int]:
+    """Widths of least loss at a cost, by Lagrange multiplier and single steps for the rest.
+
+    Raises:
+        PlanError: even the smallest widths cost too much, or the steps are too coarse to meet the share to 1 %.
+    """
+    total = cost.total(what)
+    budget = total * (1 - share)
+
+    def chosen(price: float) -> list[int]:
+        return [int(np.argmin(item.losses + price * item.costs)) for item in items]
+
+    def spent(picks: Sequence[int]) -> float:
+        sizes = {item.group.atom: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
+        return cost.total(what, sizes)
+
+    least = spent([0] * len(items))
+    if least > budget * (1 + 1e-9):
+        raise PlanError(
+            f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
+            hint="lower --ratio or widen --scope",
+        )
+    low, high = 0.0, 1.0
+    while spent(chosen(high)) > budget:
+        high *= 4
+        if high > 1e30:
+            break
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(chosen(middle)) > budget else (low, middle)
+    picks = chosen(low)
+    _step_down(items, picks, spent, budget)
+    got = 1 - spent(picks) / total
+    if share and abs(got - share) > TOLERANCE * share + 1e-9:
+        raise PlanError(
+            f"the sizes allowed remove {got:.1%} of the {what}, not {share:.1%}",
+            hint="lower --multiple-of or change --ratio",
+        )
+    return {item.group.id: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
+
+
+def _step_down(
+    items: Sequence[_Item], picks: list[int], spent: Callable[[Sequence[int]], float], budget: float
+) -> None:
+    """From just above the budget, take the cheapest single steps until it is met as closely as a step allows."""
+    now = spent(picks)
+    while now > budget:
+        rates = [
+            (item.losses[pick - 1] - item.losses[pick]) / (item.costs[pick] - item.costs[pick - 1]) if pick else np.inf
+            for item, pick in zip(items, picks, strict=True)
+        ]
+        best = int(np.argmin(rates))
+        if not np.isfinite(rates[best]):
+            return
+        saved = items[best].costs[picks[best]] - items[best].costs[picks[best] - 1]
+        if now - saved < budget and budget - (now - saved) > now - budget:
+            return  # one more step would miss by more than staying does
+        picks[best] -= 1
+        now -= saved
