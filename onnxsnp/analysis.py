@@ -18,6 +18,7 @@ from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear, find_linears
 from onnxsnp.graph.normalize import Normalized, normalize
 from onnxsnp.model import Model
+from onnxsnp.reconstruction.full import Rotations, find_rotations
 from onnxsnp.surgery.unpack import unpack
 
 
@@ -57,6 +58,11 @@ class Analysis:
     def linears(self) -> dict[str, Linear]:
         """Projections by the name of their weight."""
         return find_linears(self.graph, self.dependencies)
+
+    @cached_property
+    def rotations(self) -> Rotations:
+        """The attention groups that allow a change of basis."""
+        return find_rotations(self)
 
 
 def analyse_model(

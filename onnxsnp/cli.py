@@ -342,6 +342,8 @@ def _target(model: Path, output: Path | None, dry_run: bool) -> Path | None:
         raise ModelError(f"output folder does not exist: {output.parent}", hint="create it first")
     if output.is_dir():
         raise ModelError(f"output {output} is a folder", hint="give a file name")
+    if output.suffix == ".json" and not dry_run:
+        raise ModelError(f"output {output} would be overwritten by its own run record", hint="name it .onnx")
     if output.exists() and model.exists() and output.samefile(model):
         raise ModelError("the output would overwrite the input", hint="give another name with -o")
     return output

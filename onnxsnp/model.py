@@ -60,7 +60,7 @@ def load(source: str | Path | onnx.ModelProto | Model) -> Model:
     if not path.is_file():
         raise ModelError(f"{path} is not a file", hint="give the .onnx file itself")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise ModelError(
             f"{path} is not an ONNX model, or is truncated", hint="export it again or check the download"
@@ -189,6 +189,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise ModelError(f"output folder does not exist: {target.parent}", hint="create it first")
+    if target.is_dir():
+        raise ModelError(f"output {target} is a folder", hint="give a file name")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:

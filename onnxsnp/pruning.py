@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import COMPENSATIONS, Selector, requirements
-from onnxsnp.reconstruction.full import rebuild
+from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.runtime import InputSpec
 from onnxsnp.scoring.criteria import CRITERIA
 from onnxsnp.surgery.apply import Applied, apply, to_model
@@ -137,6 +137,8 @@ class _Run:
             raise PlanError(f"cannot allocate a share of '{options.of}'", hint="choose macs or params")
         if options.multiple_of < 1:
             raise PlanError(f"--multiple-of must be 1 or more, got {options.multiple_of}")
+        if options.samples < 1:
+            raise PlanError(f"samples must be 1 or more, got {options.samples}")
         if options.ratio is not None:
             allocating.check_ratio(options.ratio)
         elif options.plan is None and options.allocation in ("auto", "uniform"):
@@ -157,14 +159,17 @@ class _Run:
         counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         data = self._data(analysis)
         statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
+        reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
         held = rest[len(rest) // 2 :] if plan is None and counts is None else rest
         if plan is None:
-            plan = self._make_plan(analysis, counts, statistics, rest[: len(rest) // 2], mark)
-        plan.settings = plan.settings or self._settings(data)
+            unseen = rest[: len(rest) // 2]
+            plan = self._make_plan(analysis, counts, statistics, reconstruction, unseen, mark)
+        if not plan.settings:
+            plan = replace(plan, settings=self._settings(data))
         record = self._record(analysis, plan, data)
         if dry_run:
             return PruneResult(plan, record)
-        applied, proof = self._cut(analysis, plan, statistics, sample)
+        applied, proof = self._cut(analysis, plan, reconstruction, sample)
         record["verification"] = vars(proof)
         self._compare(record, analysis, applied.graph, held)
         graph = applied.graph if applied.cuts else None
@@ -236,20 +241,25 @@ class _Run:
         analysis: Analysis,
         counts: Mapping[str, int] | None,
         statistics: Statistics,
+        reconstruction: Reconstruction,
         unseen: list[Batch],
         mark: str,
     ) -> Plan:
         """Choose widths if they are not given, and neurons."""
         options = self.options
-        selector = Selector(analysis, statistics, options.compensation, options.criterion, options.seed)
+        surgeon = options.compensation == "full"
+        selector = Selector(analysis, statistics, reconstruction, options.criterion, options.seed, surgeon=surgeon)
         if counts is None:
             with self.stage("allocate"):
-                counts = self._allocate(analysis, selector, statistics, unseen)
+                counts = self._allocate(analysis, selector, reconstruction, unseen)
+        if options.allocation == "auto":
+            note = allocating.off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
+            self.notes.extend([note] if note else [])
         with self.stage("score"):
             return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
 
     def _allocate(
-        self, analysis: Analysis, selector: Selector, statistics: Statistics, unseen: list[Batch]
+        self, analysis: Analysis, selector: Selector, reconstruction: Reconstruction, unseen: list[Batch]
     ) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
         options = self.options
@@ -258,9 +268,7 @@ class _Run:
             why = "no group has an error curve" if not groups else "too few samples to measure sensitivities"
             self.notes.append(f"{why}: one ratio for all groups")
             return self._counts(analysis)
-        loss = Loss(
-            analysis, statistics, options.compensation, unseen, threads=options.threads, provider=options.provider
-        )
+        loss = Loss(analysis, reconstruction, unseen, threads=options.threads, provider=options.provider)
         found = allocate(
             groups,
             analysis.cost,
@@ -332,12 +340,12 @@ class _Run:
         return statistics, held, first
 
     def _cut(
-        self, analysis: Analysis, plan: Plan, statistics: Statistics, sample: Batch
+        self, analysis: Analysis, plan: Plan, reconstruction: Reconstruction, sample: Batch
     ) -> tuple[Applied, Verification]:
         updates: dict[str, np.ndarray] = {}
         if self.options.compensation != "none":
             with self.stage("refit"):
-                updates = rebuild(analysis, plan, statistics, self.options.compensation)
+                updates = reconstruction.weights(plan)
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):

@@ -252,7 +252,6 @@ def test_impossible_requests_are_one_clear_error(model: onnx.ModelProto, options
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the first batch is asked for although none is left to fit on")
 @pytest.mark.parametrize("samples", [0, -3])
 def test_a_number_of_samples_below_one_is_refused(model: onnx.ModelProto, samples: int) -> None:
     with pytest.raises(OnnxSnpError):
@@ -266,11 +265,6 @@ def test_a_model_without_attention_is_pruned_by_its_widths() -> None:
     assert found.record["after"]["macs"] / found.record["before"]["macs"] == pytest.approx(0.7, abs=0.004)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=PlanError,
-    reason="widths too small to meet the share to 1 % are refused, with a hint to lower --multiple-of although it is 1",
-)
 def test_a_small_model_is_pruned_as_near_as_whole_neurons_allow() -> None:
     assert pruned(graphs.mlp(30, 64, 48, 10), 0.3, criterion="l2").record["verification"]["passed"]
 
@@ -295,7 +289,6 @@ def test_nothing_is_written_when_the_proof_fails(
     assert os.listdir(tmp_path) == ["out.onnx"] and (tmp_path / "out.onnx").read_text() == "old"
 
 
-@pytest.mark.xfail(strict=True, reason="settings are written into a plan that has none")
 def test_a_given_plan_is_not_changed(model: onnx.ModelProto) -> None:
     plan = Plan(fingerprint(analyse_model(model).model), pruned(model, dry_run=True).plan.groups)
     before = plan.to_json()

@@ -226,7 +226,8 @@ class _Builder:
         self._graph = graph.copy()
         self._deps = dependencies
         self._namer = Namer(graph.names())
-        self._half = any(array.dtype.itemsize == 2 for array in graph.weights.values() if array.dtype.kind not in "iu")
+        floats = [array for array in graph.weights.values() if array.dtype.kind not in "iub"]
+        self._cast = any(array.dtype != np.float32 for array in floats)
         self.outputs: list[str] = []
 
     def session(self, threads: int | None, provider: str) -> SharedSession:
@@ -280,7 +281,7 @@ class _Builder:
         return self._node("ReduceMean", [tensor, self._constant(np.asarray([axis]))], keepdims=0)
 
     def _full(self, tensor: str) -> str:
-        return self._node("Cast", [tensor], to=TensorProto.FLOAT) if self._half else tensor
+        return self._node("Cast", [tensor], to=TensorProto.FLOAT) if self._cast else tensor
 
     def _constant(self, value: np.ndarray) -> str:
         name = self._namer("onnxsnp.constant")

@@ -63,10 +63,13 @@ def cost_model(graph: Graph, dependencies: Dependencies, single: Mapping[str, tu
     Args:
         single: tensor sizes at batch 1.
     """
-    macs = []
-    for node in graph.nodes:
-        for term in _node_terms(node, graph, dependencies, single):
-            macs.append(term)
+    leading = {single[name][0] for name in graph.inputs if single[name]}
+    samples = leading.pop() if len(leading) == 1 else 1  # more than 1 where the batch is fixed
+    macs = [
+        Term(term.name, term.value / samples, term.atoms)
+        for node in graph.nodes
+        for term in _node_terms(node, graph, dependencies, single)
+    ]
     return CostModel(macs, _parameters(graph, dependencies), dependencies)
 
 

@@ -116,9 +116,9 @@ def _site(
         (softmax.input[0], rank - 1),
     )
     over = set(dependencies.atoms(*axis))
-    key_is_left = bool(over & set(dependencies.atoms(*score.rows))) and not over & set(
-        dependencies.atoms(*score.columns)
-    )
+    rows, columns = (bool(over & set(dependencies.atoms(*side))) for side in (score.rows, score.columns))
+    # in self-attention both token axes are one factor, and only the position tells them apart
+    key_is_left = rows and (not columns or axis[1] == rank - 2)
     query, key = (score.right, score.left) if key_is_left else (score.left, score.right)
     query_tokens, key_tokens = (score.columns, score.rows) if key_is_left else (score.rows, score.columns)
     value_is_left = _reaches(mix.right[0], softmax.output[0], producers)

@@ -141,15 +141,26 @@ class _Finder:
                 continue
             kind = self._kind(atom)
             if atom not in self.consumers:
-                continue  # nothing contracts it: an output such as the logits
+                self._report_lost(atom)
+                continue
             index = counts.get(kind, 0)
             counts[kind] = index + 1
-            groups.append(self._group(f"{kind}.{index}", kind, atom, None, self._common(atom)))
+            groups.append(self._group(f"{kind}.{index}", kind, atom, None, ()))
         residuals = [group for group in groups if group.kind == "residual"]
         if len(residuals) == 1:
             only = residuals[0]
             groups[groups.index(only)] = replace(only, id="residual")
         return groups
+
+    def _report_lost(self, atom: int) -> None:
+        """A width that nothing contracts is an output such as the logits, unless an unknown operator swallowed it."""
+        for freeze in self.deps.frozen.get(atom, []):
+            if freeze.reason.startswith("no rule"):
+                weight = self.producers[atom][0][0]
+                self.skipped.append(
+                    Unrecognised(freeze.node, f"the width {self.deps.size(atom)} of '{weight}': {freeze.reason}")
+                )
+                return
 
     def _graph_order(self) -> list[int]:
         """Factors in the order in which the graph first computes or contracts them."""
@@ -169,7 +180,6 @@ class _Finder:
 
     def _site_groups(self, index: int, site: Site, taken: set[int]) -> list[Group]:
         groups = []
-        heads: set[int] | None = None
         for kind, axis in (("qk", site.query), ("v", site.value)):
             atoms = [atom for atom in self.deps.atoms(*axis) if atom in self.producers]
             if len(atoms) != 1:
@@ -188,13 +198,15 @@ class _Finder:
                 continue
             atom = atoms[0]
             common = self._common(atom)
-            heads = set(common) if heads is None else heads & set(common)
             if atom in taken:
                 self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to another site's"))
                 continue
             taken.add(atom)
             groups.append(self._group(f"{kind}.{index}", kind, atom, index, common))
-        for atom in sorted(heads or ()):
+        beside = {
+            atom for group in groups for weight, axis in group.producers for atom in self.deps.atoms(weight, axis)
+        }
+        for atom in sorted(beside - {group.atom for group in groups}):
             if atom in self.producers and atom not in taken:
                 taken.add(atom)
                 groups.append(self._group(f"head.{index}", "head", atom, index, ()))

@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
-from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.ir import Graph, attribute
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Linear:
         data: name of the activation it reads.
         weight: name of its weight; `inner` and `outer` are the axes it contracts and emits.
         bias: name of its bias, if there is one, of shape [outer size] (possibly with leading axes of size 1).
+        plain: y = x W + b as it stands: the input's features are its last axis, and nothing is scaled inside.
     """
 
     node: str
@@ -32,6 +33,7 @@ class Linear:
     inner: int
     outer: int
     bias: str | None
+    plain: bool = True
 
 
 def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
@@ -51,8 +53,16 @@ def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
                     consumed[name],
                     emitted[name],
                     _bias(graph, node, emitted[name], name, readers),
+                    _is_plain(node, slot),
                 )
     return found
+
+
+def _is_plain(node: NodeProto, slot: int) -> bool:
+    if node.op_type == "MatMul":
+        return slot == 1
+    unscaled = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
+    return node.op_type == "Gemm" and slot == 1 and not attribute(node, "transA", 0) and unscaled
 
 
 def _bias(

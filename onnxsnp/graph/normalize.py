@@ -56,7 +56,11 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     _fold(base, measured.constant)
     unshare(base)
     graph = base.copy()
-    _fold(graph, measured.invariant)
+    # sizes and scales only: a weight that a static batch makes invariant must stay where the exported graph has it
+    _fold(
+        graph,
+        {name: value for name, value in measured.invariant.items() if value.size == 1 or value.dtype.kind in "iub"},
+    )
     unshare(graph)
     shapes = {**measured.shapes, **{name: array.shape for name, array in graph.weights.items()}}
     single = {**measured.single, **{name: array.shape for name, array in graph.weights.items()}}
@@ -202,7 +206,7 @@ def _fix_reshapes(graph: Graph, measured: Probe) -> None:
         name = namer(f"{node.name}.shape")
         graph.weights[name] = np.asarray(sizes, np.int64)
         node.input[1] = name
-        if 0 in sizes:
+        if 0 in sizes and graph.opset >= 14:  # before that 0 can only mean to copy
             set_attribute(node, "allowzero", 0)
 
 

@@ -55,6 +55,20 @@ def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, lin
         name = step
 
 
+def straight_from(
+    tensor: str, node: str, atom: int, graph: Graph, dependencies: Dependencies, linears: Mapping[str, Linear]
+) -> bool:
+    """Whether nothing but bias, scale and rearrangement lies between a node's output and a tensor."""
+    producers = graph.producers()
+    biases = {linear.bias for linear in linears.values() if linear.bias is not None}
+    name: str | None = tensor
+    while name is not None and name in producers:
+        if producers[name].name == node:
+            return True
+        name = _step(producers[name], atom, graph, dependencies, biases)
+    return False
+
+
 def _step(node: NodeProto, atom: int, graph: Graph, dependencies: Dependencies, biases: set[str]) -> str | None:
     """The activation one linear step before, or None where the operator is not such a step."""
     activations = [name for name in node.input if name and name not in graph.weights]

@@ -176,6 +176,7 @@ def _same_axes(facts: Facts, source: str, target: str) -> None:
 def _unary(node: NodeProto, facts: Facts) -> None:
     """Acts on the first input entry by entry; other inputs are scalars or, for CastLike, only a type."""
     _same_axes(facts, node.input[0], node.output[0])
+    facts.freeze_all(node.output[1:], f"second output of {node.op_type}")
 
 
 def _matmul(node: NodeProto, facts: Facts) -> None:
@@ -314,6 +315,7 @@ def _pool(node: NodeProto, facts: Facts) -> None:
     facts.same((data, 1), (output, 1))
     for index in range(2, facts.rank(data)):
         facts.freeze((data, index), f"{node.op_type} runs over it")
+    facts.freeze_all(node.output[1:], f"second output of {node.op_type}")
 
 
 def _regroup(node: NodeProto, facts: Facts) -> None:

@@ -52,6 +52,8 @@ def check_ratio(ratio: float) -> float:
 
 def keep_count(size: int, removed: float, multiple: int = 1) -> int:
     """Neurons that stay when `removed` (a real number) of `size` go: rounded to `multiple`, at least one multiple."""
+    if removed <= 0:
+        return size
     kept = size - removed
     rounded = round(kept / multiple) * multiple
     return min(size, max(rounded, min(multiple, size)))
@@ -79,7 +81,8 @@ def to_cost(
         what: "macs" or "params".
 
     Raises:
-        PlanError: the groups cannot give that much, or sizes in steps of `multiple` cannot meet it to 1 %.
+        PlanError: the groups cannot give that much. (Where single steps are coarser than 1 % of the share, the nearest
+            plan is returned; `off_target` says by how much it misses.)
     """
     total = cost.total(what)
     target = total * (1 - share)
@@ -108,13 +111,16 @@ def to_cost(
         low, high = (middle, high) if price(counts(middle)) > target else (low, middle)
     kept = counts(low)
     _trim(groups, kept, low, multiple, price, target)
-    got = 1 - price(kept) / total
-    if share and abs(got - share) > TOLERANCE * share + 1e-9:
-        raise PlanError(
-            f"sizes in steps of {multiple} remove {got:.1%} of the {what}, not {share:.1%}",
-            hint="lower --multiple-of or change --ratio",
-        )
     return kept
+
+
+def off_target(counts: Mapping[str, int], groups: Mapping[str, Group], cost: CostModel, share: float, what: str) -> str:
+    """One line if a plan misses the asked share by more than 1 % of it, else nothing."""
+    sizes = {groups[name].atom: kept for name, kept in counts.items() if kept < groups[name].size}
+    got = 1 - cost.total(what, sizes) / cost.total(what)
+    if abs(got - share) <= TOLERANCE * share:
+        return ""
+    return f"{got:.1%} of the {what} are removed, not {share:.1%}: the steps that widths come in are coarser than that"
 
 
 def _trim(

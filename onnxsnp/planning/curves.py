@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxsnp.calibration.data import Batch
-from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.evaluation.accuracy import softmax_kl
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
-from onnxsnp.reconstruction.full import rebuild
+from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.surgery.rewrite import mask_array, touched, weight_axes
 
 if TYPE_CHECKING:
@@ -30,14 +29,13 @@ class Loss:
     def __init__(
         self,
         analysis: Analysis,
-        statistics: Statistics,
-        compensation: str,
+        reconstruction: Reconstruction,
         batches: Sequence[Batch],
         *,
         threads: int | None = None,
         provider: str = "cpu",
     ) -> None:
-        self._analysis, self._statistics, self._compensation = analysis, statistics, compensation
+        self._analysis, self._reconstruction = analysis, reconstruction
         self._batches = batches
         weights = {name for name, array in analysis.graph.weights.items() if array.dtype.kind == "f" and array.ndim}
         self._session = analysis.graph.session(threads=threads, provider=provider, feed=weights)
@@ -45,7 +43,7 @@ class Loss:
 
     def __call__(self, entries: Sequence[GroupPlan]) -> float:
         """Mean KL of the softmax of the logits where there are any, else the relative squared error of the outputs."""
-        weights = masked_weights(self._analysis, entries, self._statistics, self._compensation)
+        weights = masked_weights(self._analysis, entries, self._reconstruction)
         total, count = 0.0, 0
         for batch, reference in zip(self._batches, self._reference, strict=True):
             outputs = self._session.run(None, batch.inputs, weights)
@@ -68,11 +66,11 @@ def distance(reference: np.ndarray, outputs: np.ndarray) -> float:
 
 
 def masked_weights(
-    analysis: Analysis, entries: Sequence[GroupPlan], statistics: Statistics, compensation: str
+    analysis: Analysis, entries: Sequence[GroupPlan], reconstruction: Reconstruction
 ) -> dict[str, np.ndarray]:
     """The analysed graph's weights under a plan, in their original shapes, zero where something is cut."""
     plan = Plan("", list(entries))
-    updates = rebuild(analysis, plan, statistics, compensation) if compensation != "none" else {}
+    updates = reconstruction.weights(plan)
     cuts = as_cuts(plan, analysis.groups)
     deps, graph = analysis.dependencies, analysis.graph
     divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}

@@ -77,7 +77,7 @@ class Plan:
                     str(item["kind"]),
                     int(item["size"]),
                     int(item["heads"]),
-                    [[int(index) for index in head] for head in item["keep"]],
+                    [[_index(value) for value in head] for head in item["keep"]],
                 )
                 for item in data["groups"]
             ]
@@ -87,6 +87,12 @@ class Plan:
                 f"{where} is not a plan: {type(error).__name__} {error}",
                 hint="plans are written with --dry-run -o FILE, or found in the run record",
             ) from error
+
+
+def _index(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not an index")
+    return value
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -114,6 +120,8 @@ def fingerprint(model: Model) -> str:
     digest = hashlib.sha256()
     for node in model.proto.graph.node:
         digest.update(node.op_type.encode() + b"\0" + "\0".join([*node.input, "", *node.output]).encode())
+        for attribute in node.attribute:
+            digest.update(attribute.SerializeToString(deterministic=True))
     for name in sorted(model.weights):
         digest.update(name.encode())
         digest.update(
@@ -132,7 +140,10 @@ def check_plan(plan: Plan, groups: Mapping[str, Group], model: str) -> None:
     """
     if plan.model != model:
         raise PlanError("the plan was made for another model", hint="make a new plan for this one")
+    names = [entry.id for entry in plan.groups]
     for entry in plan.groups:
+        if names.count(entry.id) > 1:
+            raise PlanError(f"the plan lists group '{entry.id}' twice")
         group = groups.get(entry.id)
         if group is None or (group.kind, group.size) != (entry.kind, entry.size):
             raise PlanError(f"the plan names a group '{entry.id}' that this model does not have")

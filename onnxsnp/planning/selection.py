@@ -16,7 +16,7 @@ from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.plan import GroupPlan, keep_highest
 from onnxsnp.reconstruction.ffn import Removal, removal_order
-from onnxsnp.reconstruction.full import Rotations, attention_errors, find_rotations
+from onnxsnp.reconstruction.full import Reconstruction, Rotations
 from onnxsnp.reconstruction.refit import refittable
 from onnxsnp.scoring.criteria import CRITERIA, score
 from onnxsnp.scoring.targets import dead_neurons, scoring_target
@@ -46,11 +46,6 @@ class Requirements:
         return not (self.scored or self.rotated or self.tensors)
 
 
-def rotations_for(analysis: Analysis, compensation: str) -> Rotations:
-    """The groups a compensation rotates; none unless it is full."""
-    return find_rotations(analysis) if compensation == "full" else Rotations()
-
-
 def requirements(
     analysis: Analysis, groups: Sequence[Group], compensation: str, criterion: str, *, planned: bool
 ) -> Requirements:
@@ -59,7 +54,7 @@ def requirements(
     Args:
         planned: the kept neurons are given, so that no group has to be scored.
     """
-    rotations = rotations_for(analysis, compensation)
+    rotations = analysis.rotations if compensation == "full" else Rotations()
     pairs = [group for group in groups if group.kind == "qk"]
     free = [group for group in pairs if group.id not in rotations.pairs]
     scored = free if CRITERIA[criterion].needs_qk and not planned else []
@@ -75,18 +70,26 @@ class Selector:
 
     Args:
         criterion: who goes, wherever selection decides.
+        surgeon: FFN neurons are chosen by optimal brain surgeon instead of the criterion.
         statistics: what `requirements` asked for.
+        reconstruction: knows which groups are rotated.
     """
 
     def __init__(
-        self, analysis: Analysis, statistics: Statistics, compensation: str, criterion: str, seed: int = 0
+        self,
+        analysis: Analysis,
+        statistics: Statistics,
+        reconstruction: Reconstruction,
+        criterion: str,
+        seed: int = 0,
+        *,
+        surgeon: bool = True,
     ) -> None:
         self._analysis, self._statistics = analysis, statistics
-        self._compensation, self._criterion = compensation, criterion
+        self._reconstruction, self._criterion, self._surgeon = reconstruction, criterion, surgeon
         self._rng = np.random.default_rng(seed)
         self._scores: dict[str, np.ndarray] = {}
         self._removals: dict[str, Removal] = {}
-        self.rotations = rotations_for(analysis, compensation)
 
     def entries(self, counts: Mapping[str, int], progress: Callable[[int, int], None] | None = None) -> list[GroupPlan]:
         """What stays of every group that is cut.
@@ -106,8 +109,8 @@ class Selector:
 
     def curve(self, group: Group) -> np.ndarray | None:
         """Squared error left at the group's own output by width, [size + 1]; None where no closed form gives it."""
-        if group.id in self.rotations.pairs or group.id in self.rotations.values:
-            return attention_errors(self._analysis, group, self._statistics, self.rotations)
+        if self._reconstruction.rotates(group):
+            return self._reconstruction.errors(group)
         if self._by_surgeon(group):
             errors = self.removal(group).errors
             return np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
@@ -120,7 +123,7 @@ class Selector:
         return self._removals[group.id]
 
     def _keep(self, group: Group, kept: int) -> list[list[int]]:
-        if group.id in self.rotations.pairs or group.id in self.rotations.values:
+        if self._reconstruction.rotates(group):
             return [list(range(kept)) for _ in range(group.heads)]
         if self._by_surgeon(group):
             gone = {int(index) for index in self.removal(group).order[: group.size - kept]}
@@ -133,7 +136,7 @@ class Selector:
         return keep_highest(self._scores[group.id], kept)
 
     def _by_surgeon(self, group: Group) -> bool:
-        return self._compensation == "full" and group.kind == "ffn" and bool(refittable(group, self._analysis.linears))
+        return self._surgeon and group.kind == "ffn" and bool(refittable(group, self._analysis.linears))
 
 
 def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Removal:

@@ -6,20 +6,21 @@ decides which neurons (or directions) fill them, and with which weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import linalg
 
+from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.statistics import Moments, PairMoments, Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.linear import Linear, neuron_places
-from onnxsnp.graph.paths import way_to
-from onnxsnp.planning.plan import Plan, as_cuts
+from onnxsnp.graph.paths import straight_from, way_to
+from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable
+from onnxsnp.surgery.rewrite import Cut
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -55,26 +56,48 @@ class Rotations:
 def find_rotations(analysis: Analysis) -> Rotations:
     """Which attention groups allow a change of basis."""
     found = Rotations()
-    graph, deps, linears = analysis.graph, analysis.dependencies, analysis.linears
     for group in analysis.structure.groups:
         if group.site is None or not group.prunable:
             continue
-        site = analysis.structure.sites[group.site]
         if group.kind == "qk":
-            query, key = (way_to(axis[0], group.atom, graph, deps, linears) for axis in (site.query, site.key))
-            alone = len(group.producers) == 2
-            if query.linear is not None and key.linear is not None and query.linear != key.linear and alone:
-                found.pairs[group.id] = PairSite(group, query.linear, key.linear)
-            else:
-                found.blocked[group.id] = query.blocked_by or key.blocked_by or "query and key share a projection"
+            _pair_site(analysis, group, found)
         elif group.kind == "v":
-            value = way_to(site.value[0], group.atom, graph, deps, linears)
-            readers = refittable(group, linears)
-            if value.linear is not None and len(group.producers) == 1 and len(readers) == len(group.consumers) == 1:
-                found.values[group.id] = ValueSite(group, value.linear, readers[0])
-            else:
-                found.blocked[group.id] = value.blocked_by or "several projections read the values"
+            _value_site(analysis, group, found)
     return found
+
+
+def _pair_site(analysis: Analysis, group: Group, found: Rotations) -> None:
+    graph, deps, linears = analysis.graph, analysis.dependencies, analysis.linears
+    site = analysis.structure.sites[group.site or 0]
+    query, key = (way_to(axis[0].split("|")[-1], group.atom, graph, deps, linears) for axis in (site.query, site.key))
+    if query.linear is None or key.linear is None:
+        found.blocked[group.id] = query.blocked_by or key.blocked_by
+    elif query.linear == key.linear or len(group.producers) != 2 or not _by_head(analysis, group, query.linear):
+        found.blocked[group.id] = "query and key share a projection, or indices are tied across heads"
+    else:
+        found.pairs[group.id] = PairSite(group, query.linear, key.linear)
+
+
+def _value_site(analysis: Analysis, group: Group, found: Rotations) -> None:
+    graph, deps, linears = analysis.graph, analysis.dependencies, analysis.linears
+    site = analysis.structure.sites[group.site or 0]
+    value = way_to(site.value[0].split("|")[-1], group.atom, graph, deps, linears)
+    readers = refittable(group, linears)
+    if value.linear is None:
+        found.blocked[group.id] = value.blocked_by
+    elif len(group.producers) != 1 or len(readers) != 1 or len(group.consumers) != 1:
+        found.blocked[group.id] = "the values are not read by exactly one projection"
+    elif not straight_from(readers[0].data, site.mix, group.atom, graph, deps, linears):
+        found.blocked[group.id] = f"something nonlinear lies between {site.mix} and {readers[0].node}"
+    elif not _by_head(analysis, group, value.linear):
+        found.blocked[group.id] = "indices are tied across heads"
+    else:
+        found.values[group.id] = ValueSite(group, value.linear, readers[0])
+
+
+def _by_head(analysis: Analysis, group: Group, linear: Linear) -> bool:
+    """Whether the projection emits nothing but the group's heads, so that each can have a basis of its own."""
+    return analysis.graph.weights[linear.weight].shape[linear.outer] == group.heads * group.size
 
 
 def pair_bases(moments: PairMoments) -> list[PairBasis]:
@@ -91,16 +114,6 @@ def value_bases(analysis: Analysis, site: ValueSite, moments: Moments) -> list[V
     covariance = moments.covariance
     projection = np.moveaxis(analysis.graph.weights[site.output.weight], site.output.inner, 0).astype(np.float64)
     return [value_basis(covariance[np.ix_(rows, rows)], projection[rows]) for rows in places]
-
-
-def attention_errors(analysis: Analysis, group: Group, statistics: Statistics, rotations: Rotations) -> np.ndarray:
-    """Squared error by width of a rotated group, summed over its heads, [size + 1]."""
-    if group.id in rotations.pairs:
-        bases: Sequence[PairBasis | ValueBasis] = pair_bases(statistics.pairs[group.id])
-    else:
-        site = rotations.values[group.id]
-        bases = value_bases(analysis, site, statistics.moments[site.output.data])
-    return np.sum([basis.errors for basis in bases], axis=0)
 
 
 def rotate_pairs(analysis: Analysis, site: PairSite, bases: list[PairBasis], keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -190,46 +203,69 @@ def _emit(
     return updates
 
 
-def rotated_weights(
-    analysis: Analysis, keep: Mapping[str, np.ndarray], statistics: Statistics, rotations: Rotations
-) -> dict[str, np.ndarray]:
-    """New weights of every cut group that allows a change of basis.
+class Reconstruction:
+    """Weights that make up for cuts, group by group; bases and weights are computed once and kept.
+
+    The weights one group's cut changes are no other group's, so those of a plan are simply put together.
 
     Args:
-        keep: [heads, kept] indices by group id; with rotation only their number matters, and where the new neurons lie.
-
-    Returns:
-        Weights by name, in their original shapes.
+        statistics: moments of everything the plans will cut.
+        compensation: "none", "refit" (readers of value and FFN neurons) or "full" (attention is rotated as well).
     """
-    updates: dict[str, np.ndarray] = {}
-    for name, places in keep.items():
-        if name in rotations.pairs and name in statistics.pairs:
-            bases = pair_bases(statistics.pairs[name])
-            updates.update(rotate_pairs(analysis, rotations.pairs[name], bases, places))
-        elif name in rotations.values and rotations.values[name].output.data in statistics.moments:
-            site = rotations.values[name]
-            moments = statistics.moments[site.output.data]
-            updates.update(rotate_values(analysis, site, value_bases(analysis, site, moments), places, moments))
-    return updates
 
+    def __init__(self, analysis: Analysis, statistics: Statistics, compensation: str) -> None:
+        self._analysis, self._statistics, self._compensation = analysis, statistics, compensation
+        self.rotations = analysis.rotations if compensation == "full" else Rotations()
+        self._pairs: dict[str, list[PairBasis]] = {}
+        self._values: dict[str, list[ValueBasis]] = {}
+        self._last: dict[str, tuple[list[list[int]], dict[str, np.ndarray]]] = {}
 
-def rebuild(analysis: Analysis, plan: Plan, statistics: Statistics, compensation: str) -> dict[str, np.ndarray]:
-    """The weights that make up for what a plan cuts.
+    def rotates(self, group: Group) -> bool:
+        """Whether a group's neurons are new combinations, so that any places do."""
+        return group.id in self.rotations.pairs or group.id in self.rotations.values
 
-    Args:
-        compensation: "refit" refits the readers of value and FFN neurons; "full" also rotates attention groups.
+    def errors(self, group: Group) -> np.ndarray:
+        """Squared error by width of a rotated group, summed over its heads, [size + 1]."""
+        bases = self._pair_bases(group.id) if group.id in self.rotations.pairs else self._value_bases(group.id)
+        return np.sum([basis.errors for basis in bases], axis=0)
 
-    Returns:
-        Weights by name, in their original shapes.
-    """
-    rotations = find_rotations(analysis) if compensation == "full" else Rotations()
-    cuts = {cut.atom: cut for cut in as_cuts(plan, analysis.groups)}
-    cut_groups = [analysis.groups[entry.id] for entry in plan.groups if analysis.groups[entry.id].atom in cuts]
-    rotated = {group.id for group in cut_groups} & (rotations.pairs.keys() | rotations.values.keys())
-    others = [group for group in cut_groups if group.id not in rotated]
-    by_id = {group.id: cuts[group.atom] for group in others}
-    updates = refit_consumers(
-        analysis.graph, analysis.dependencies, others, by_id, analysis.linears, statistics.moments
-    )
-    keep = {name: cuts[analysis.groups[name].atom].keep for name in rotated}
-    return updates | rotated_weights(analysis, keep, statistics, rotations)
+    def weights(self, plan: Plan) -> dict[str, np.ndarray]:
+        """New weights by name, in their original shapes, zero where something is cut."""
+        updates: dict[str, np.ndarray] = {}
+        if self._compensation == "none":
+            return updates
+        for entry in plan.groups:
+            if entry.kept == entry.size:
+                continue
+            held = self._last.get(entry.id)
+            if held is None or held[0] != entry.keep:
+                held = (entry.keep, self._group_weights(entry))
+                self._last[entry.id] = held
+            updates.update(held[1])
+        return updates
+
+    def _group_weights(self, entry: GroupPlan) -> dict[str, np.ndarray]:
+        analysis, moments = self._analysis, self._statistics.moments
+        keep = np.asarray(entry.keep)
+        if entry.id in self.rotations.pairs:
+            with single_threaded():
+                return rotate_pairs(analysis, self.rotations.pairs[entry.id], self._pair_bases(entry.id), keep)
+        if entry.id in self.rotations.values:
+            site = self.rotations.values[entry.id]
+            return rotate_values(analysis, site, self._value_bases(entry.id), keep, moments[site.output.data])
+        group = analysis.groups[entry.id]
+        cut = {group.id: Cut(group.atom, group.head_atoms, keep)}
+        return refit_consumers(analysis.graph, analysis.dependencies, [group], cut, analysis.linears, moments)
+
+    def _pair_bases(self, name: str) -> list[PairBasis]:
+        if name not in self._pairs:
+            with single_threaded():
+                self._pairs[name] = pair_bases(self._statistics.pairs[name])
+        return self._pairs[name]
+
+    def _value_bases(self, name: str) -> list[ValueBasis]:
+        if name not in self._values:
+            site = self.rotations.values[name]
+            with single_threaded():
+                self._values[name] = value_bases(self._analysis, site, self._statistics.moments[site.output.data])
+        return self._values[name]

@@ -33,7 +33,7 @@ def refittable(group: Group, linears: Mapping[str, Linear]) -> list[Linear]:
     return [
         linears[weight]
         for weight, axis in group.consumers
-        if weight in linears and linears[weight].op in ("MatMul", "Gemm") and linears[weight].inner == axis
+        if weight in linears and linears[weight].plain and linears[weight].inner == axis
     ]
 
 

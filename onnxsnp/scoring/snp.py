@@ -17,18 +17,12 @@ gained little and would lose every component below 3e-4 σ_1, because S holds sq
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
+from onnxsnp.blas import single_threaded
 from onnxsnp.errors import DataError
 from onnxsnp.scoring.vbmf import evbmf_rank
 
@@ -47,7 +41,7 @@ def qk_scores(
 ) -> np.ndarray:
     """Scores of every query-key pair, summed over the images (SNP eq. 4-6; the lowest go first).
 
-    Scores are sums, so those of several batches add up with ``+=`` (or use QKScores). Constant factors on Q or K change
+    Scores are sums, so those of several batches add up with ``+=``. Constant factors on Q or K change
     nothing. A dead pair (zero query or key column) scores 0 and leaves the others as they are. The result does not
     depend on `threads`.
 
@@ -74,33 +68,14 @@ def qk_scores(
         q, k = (g[start : start + step].astype(np.float64) for g in (gram_q, gram_k))
         return _chunk_scores(q, k, tokens_q, tokens_k, rank)
 
-    with _single_threaded_blas() as alone:
-        workers = min(threads or _available_cores(), len(starts)) if alone else 1
+    with single_threaded():  # inside one LAPACK call of this size BLAS threads only spin (twice the CPU time)
+        workers = min(threads or _available_cores(), len(starts))
         if workers <= 1:
             parts = [part(start) for start in starts]
         else:
             with ThreadPoolExecutor(workers) as pool:  # LAPACK and large ufuncs run without the interpreter lock
                 parts = list(pool.map(part, starts))
     return np.sum(parts, axis=0) if parts else np.zeros((heads, size))
-
-
-@dataclass
-class QKScores:
-    """Running sum of qk_scores over batches of images; `scores` [heads, d] is None before the first batch.
-
-    Because eq. 6 sums over the images, two such sums (of two shards) simply add: ``a.scores + b.scores``.
-    """
-
-    rank: int | None = None
-    threads: int | None = None
-    images: int = field(default=0, init=False)
-    scores: np.ndarray | None = field(default=None, init=False)
-
-    def add(self, gram_q: np.ndarray, gram_k: np.ndarray, tokens_q: int, tokens_k: int) -> None:
-        """Add one batch; arguments and errors as for qk_scores. The token counts may differ from batch to batch."""
-        new = qk_scores(gram_q, gram_k, tokens_q, tokens_k, rank=self.rank, threads=self.threads)
-        self.scores = new if self.scores is None else self.scores + new
-        self.images += len(gram_q)
 
 
 def _check(gram_q: np.ndarray, gram_k: np.ndarray, tokens_q: int, tokens_k: int, rank: int | None) -> None:
@@ -166,52 +141,3 @@ def _diagonal(gram: np.ndarray) -> np.ndarray:
 
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# Thousands of 64×64 problems are too small to share out inside one LAPACK call: OpenBLAS' own threads then only spin
-# (twice the CPU time, and up to 50 times the wall time on a busy machine). numpy has no switch for it, so the one
-# exported by the OpenBLAS bundled with its wheels is called; with another BLAS nothing is changed and no pool is used.
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_saved = 1
-
-
-@cache
-def _blas_switch() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """The thread-count getter and setter of numpy's bundled OpenBLAS, or None."""
-    package = Path(np.__file__).resolve().parent
-    folders = (package.parent / "numpy.libs", package / ".dylibs", package / ".libs")
-    for path in sorted(p for folder in folders for p in folder.glob("*openblas*")):
-        try:
-            library = ctypes.CDLL(str(path))  # already loaded by numpy: this only finds the handle
-        except OSError:
-            continue
-        for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
-            names = (f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("get", "set"))
-            get, set_ = (getattr(library, name, None) for name in names)
-            if get is not None and set_ is not None:
-                return get, set_
-    return None
-
-
-@contextmanager
-def _single_threaded_blas() -> Iterator[bool]:
-    """Run the body with one BLAS thread per caller where that can be arranged; yields whether it could."""
-    global _blas_users, _blas_saved
-    switch = _blas_switch()
-    if switch is None:
-        yield False
-        return
-    get, set_ = switch
-    with _blas_lock:  # the count is global to the process: the first in saves it, the last out restores it
-        if _blas_users == 0:
-            _blas_saved = get()
-            set_(1)
-        _blas_users += 1
-    try:
-        yield True
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                set_(_blas_saved)

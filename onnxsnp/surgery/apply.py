@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import analyse
-from onnxsnp.graph.groups import find_groups
+from onnxsnp.graph.groups import Group, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
 from onnxsnp.surgery.rewrite import Cut, cut_graph
@@ -57,13 +58,19 @@ def apply(
     if needed < packed_sources(graph).keys():
         part = unpack(analysis.packed, needed)
         graph, dependencies = part.graph, analyse(part.graph, part.shapes)
-        groups = {group.id: group for group in find_groups(graph, dependencies).groups}
+        # numbers in group names may differ where fewer projections are apart; what emits a group does not
+        found = {(group.kind, group.producers): group for group in find_groups(graph, dependencies).groups}
+        groups = {entry.id: found[_emitters(analysis.groups[entry.id])] for entry in plan.groups}
     local = as_cuts(plan, groups)
     cut = cut_graph(
         graph, dependencies, local, {name: array for name, array in (updates or {}).items() if name in graph.weights}
     )
     cut.drop_dead()
     return Applied(cut, cuts, dict(updates or {}))
+
+
+def _emitters(group: Group) -> tuple[str, tuple[Axis, ...]]:
+    return group.kind, group.producers
 
 
 def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]:

@@ -140,7 +140,6 @@ def test_half_precision_is_measured_in_single() -> None:
     np.testing.assert_allclose(found.moments[name].second, rows.T.astype(np.float64) @ rows, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.xfail(strict=True, reason="the count is cast to float32 and multiplied with a float64 mean")
 def test_double_precision_is_measured() -> None:
     model = graphs.mlp(4, 6, 3)
     for tensor in model.graph.initializer:

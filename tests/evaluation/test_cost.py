@@ -49,7 +49,6 @@ def test_a_transformer_costs_what_counting_by_hand_gives(options: dict[str, Any]
     assert (total(model, "macs"), total(model, "params")) == (macs, params)
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed batch above 1 is counted whole, not per sample")
 def test_a_fixed_batch_costs_no_more_per_sample() -> None:
     assert total(graphs.transformer(batch=4), "macs") == by_hand()[0]
 

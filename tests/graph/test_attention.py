@@ -30,11 +30,6 @@ def test_query_key_and_value_are_told_apart(options: dict) -> None:
         }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="in self-attention the token factors of query and key are one, so the test for "
-    "which of them the softmax runs over says nothing",
-)
 def test_the_key_is_the_operand_whose_tokens_the_softmax_runs_over() -> None:
     analysis = analyse_model(graphs.transformer(reverse=True))
     assert upstream(analysis, analysis.structure.sites[0].key[0]) == {"/blocks.0/attn/k.w"}

@@ -245,7 +245,6 @@ def test_reshape_targets_become_constants(batch: graphs.Size, tokens: graphs.Siz
     assert difference(as_graph(load(model)), found.graph, [graphs.inputs_for(model, 2, N=2, S=5)]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="allowzero is written although Reshape has it only from opset 14 on")
 @pytest.mark.parametrize("opset", [11, 13])
 def test_reshape_targets_with_two_free_sizes_run_before_opset_14(opset: int) -> None:
     model = reshaping("N", "S", opset)
@@ -269,7 +268,6 @@ def test_an_own_scale_of_attention_is_left() -> None:
     assert attribute(node, "scale") == pytest.approx(0.3)
 
 
-@pytest.mark.xfail(strict=True, reason="a weight folded from static shapes has no counterpart in the exported graph")
 def test_a_class_token_expanded_to_a_static_batch_can_be_cut() -> None:
     model = graphs.transformer(pool="first", batch=2)
     analysis = analyse_model(model)

@@ -145,10 +145,6 @@ def left_weights() -> onnx.ModelProto:
     return net.proto()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="weights on the left are refitted as if the features of their input were its last axis",
-)
 def test_a_consumer_whose_weight_is_on_the_left_is_refitted_or_left() -> None:
     model = left_weights()
     result = prune(model, 0.4, allocation="uniform", calibration=graphs.calibration(model), samples=8)
