@@ -123,7 +123,8 @@ class _Finder:
             if node is None or node.name in seen:
                 continue
             seen.add(node.name)
-            carriers = [name for name in node.input if name in made and atom in self._tensor_atoms(name)]
+            emits = any(weight in node.input for weight, _ in self.producers.get(atom, []))
+            carriers = [name for name in node.input if not emits and name in made and atom in self._tensor_atoms(name)]
             stack.extend(carriers)
             if not carriers:
                 found.add(node.name)

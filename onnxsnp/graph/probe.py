@@ -76,7 +76,7 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
             if not runs:
                 raise ModelError(
                     f"the model does not run on inputs of shape {_brief(shapes)}: {str(error).splitlines()[0]}",
-                    hint="give its sizes with --input-shape",
+                    hint="give its sizes with --input-shape; if it runs at batch 1 only, export it with a fixed batch",
                 ) from error
             continue  # sizes the model does not allow; those it was first run with stand
         measured = {name: tuple(int(size) for size in shape) for name, shape in zip(computed, results, strict=False)}

@@ -136,7 +136,12 @@ class Selector:
         return keep_highest(self._scores[group.id], kept)
 
     def _by_surgeon(self, group: Group) -> bool:
-        return self._surgeon and group.kind == "ffn" and bool(refittable(group, self._analysis.linears))
+        """Whether optimal brain surgeon chooses: for an FFN whose neurons are all that its readers read."""
+        if not self._surgeon or group.kind != "ffn":
+            return False
+        readers = refittable(group, self._analysis.linears)
+        weights = self._analysis.graph.weights
+        return bool(readers) and all(weights[one.weight].shape[one.inner] == group.size for one in readers)
 
 
 def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Removal:

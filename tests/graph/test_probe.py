@@ -117,11 +117,6 @@ def test_a_model_that_does_not_run_is_one_line_with_what_to_do() -> None:
     assert "--input-shape" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the batch of --input-shape is ignored, so the hint of the error does not help")
-def test_a_batch_that_was_given_is_used_where_the_model_allows_no_other() -> None:
-    assert probe(baked_batch(), {"x": [1, 5, 6]}).shapes["x"] == (1, 5, 6)
-
-
 def test_integer_inputs_are_fed_valid_ids() -> None:
     net = graphs.Net()
     ids = net.input("ids", ["N", "S"], np.int64)
