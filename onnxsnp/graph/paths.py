@@ -7,16 +7,19 @@ of a head apart leave only selection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
-from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.ir import Graph, attribute
 from onnxsnp.graph.linear import Linear
 
 _REARRANGE = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten", "Dropout"}
+
+_SHIFTED = _REARRANGE | {"Add", "Sub", "Where", "Expand"}  # a shift along the rows of scores goes through these
 
 
 @dataclass(frozen=True)
@@ -37,32 +40,90 @@ class Way:
 
 
 def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, linears: Mapping[str, Linear]) -> Way:
-    """Walk back from a tensor to the projection that emits one of its factors."""
-    producers = graph.producers()
+    """Walk back from a tensor to the projection that emits one of its factors.
+
+    The way is blocked where anything else reads from it too: a relative position table, a second product, an output.
+    """
+    producers, readers = graph.producers(), graph.readers()
     by_node = {linear.node: linear for linear in linears.values()}
     biases = {linear.bias for linear in linears.values() if linear.bias is not None}
+    scales: list[tuple[str, str]] = []
     name = tensor
     while True:
         node = producers.get(name)
         if node is None:
             return Way(None, name)
+        other = _read_elsewhere(name, graph, readers)
+        if other:
+            return Way(None, other)
         linear = by_node.get(node.name)
         if linear is not None and atom in dependencies.atoms(linear.weight, linear.outer):
-            return Way(linear)
+            uneven = [at for at, scale in scales if not _even(scale, linear, graph, dependencies)]
+            return Way(None, uneven[0]) if uneven else Way(linear)
         step = _step(node, atom, graph, dependencies, biases)
         if step is None:
             return Way(None, node.name)
+        if node.op_type in ("Mul", "Div"):
+            scales.extend((node.name, other) for other in node.input if other in graph.weights)
         name = step
+
+
+def _read_elsewhere(name: str, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> str:
+    """A second reader of a tensor, by name; empty if there is none. Those that only ask for its size or type do not count."""
+    uses = [(node, slot) for node, slot in readers.get(name, []) if node.op_type not in ("Shape", "Size")]
+    others = [node.name for node, slot in uses if (node.op_type, slot) != ("CastLike", 1)]
+    return others[-1] if len(others) > 1 else name if name in graph.outputs else ""
+
+
+def _even(scale: str, linear: Linear, graph: Graph, dependencies: Dependencies) -> bool:
+    """Whether a constant factor is one number, or one per head; one per token makes the bias differ between tokens."""
+    if graph.weights[scale].size == 1:
+        return True
+    return set(dependencies.atoms(scale)) <= set(dependencies.atoms(linear.weight, linear.outer))
+
+
+def shift_blocked_by(score: str, key_tokens: Sequence[int], graph: Graph, dependencies: Dependencies) -> str:
+    """What stands between a score product and its softmax and does not leave a shift along the row what it is.
+
+    Args:
+        score: name of the node that multiplies query and key.
+        key_tokens: the factors over which the softmax runs.
+
+    Returns:
+        Name of a node such as a clip, a soft cap, or a concatenated sink; empty if there is none.
+    """
+    by_name = {node.name: node for node in graph.nodes}
+    if by_name[score].op_type == "Attention":
+        return score if attribute(by_name[score], "softcap", 0.0) else ""
+    readers = graph.readers()
+    stack, seen = [by_name[score].output[0]], set()
+    while stack:
+        name = stack.pop()
+        for node, _ in readers.get(name, []):
+            if node.name in seen or node.op_type in ("Softmax", "Shape", "Size"):
+                continue
+            seen.add(node.name)
+            others = [other for other in node.input if other and other != name]
+            scaled = node.op_type == "Mul" or (node.op_type == "Div" and node.input[0] == name)
+            if scaled and len(node.input) == 2 and len(others) == 1:
+                if set(key_tokens) & set(dependencies.atoms(others[0])):
+                    return node.name
+            elif node.op_type not in _SHIFTED:
+                return node.name
+            stack.extend(node.output)
+    return ""
 
 
 def straight_from(
     tensor: str, node: str, atom: int, graph: Graph, dependencies: Dependencies, linears: Mapping[str, Linear]
 ) -> bool:
-    """Whether nothing but bias, scale and rearrangement lies between a node's output and a tensor."""
-    producers = graph.producers()
+    """Whether nothing but bias, scale and rearrangement lies between a node's output and a tensor, read once."""
+    producers, readers = graph.producers(), graph.readers()
     biases = {linear.bias for linear in linears.values() if linear.bias is not None}
     name: str | None = tensor
     while name is not None and name in producers:
+        if _read_elsewhere(name, graph, readers):
+            return False
         if producers[name].name == node:
             return True
         name = _step(producers[name], atom, graph, dependencies, biases)
@@ -71,11 +132,13 @@ def straight_from(
 
 def _step(node: NodeProto, atom: int, graph: Graph, dependencies: Dependencies, biases: set[str]) -> str | None:
     """The activation one linear step before, or None where the operator is not such a step."""
-    activations = [name for name in node.input if name and name not in graph.weights]
+    shapes = dependencies.facts.shapes
+    numbers = {name for name in node.input if prod(shapes.get(name, (0,))) == 1 and name not in graph.weights}
+    activations = [name for name in node.input if name and name not in graph.weights and name not in numbers]
     if len(activations) != 1:
         return None
     constants = [name for name in node.input if name in graph.weights]
-    if node.op_type in _REARRANGE:
+    if node.op_type in _REARRANGE and not numbers:
         return activations[0]
     if node.op_type == "Add" and len(constants) == 1 and constants[0] in biases:
         return activations[0]

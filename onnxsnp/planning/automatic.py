@@ -19,6 +19,7 @@ from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
 
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
+NOTHING = 1e-4  # share of the error of a single neuron below which a width counts as lossless
 _STEPS = (2.0, 1.4)  # factors by which the weight of a kind of groups is changed while refining
 
 
@@ -86,7 +87,7 @@ def allocate(
 
     scale, sensitivity = {}, {}
     for group in known:
-        kept = max(1, round(group.size * (1 - REMOVED)))
+        kept = _probed(curves[group.id])
         sensitivity[group.id] = measured({group.id: kept})
         scale[group.id] = sensitivity[group.id] / max(float(curves[group.id][kept]), np.finfo(np.float64).tiny)
 
@@ -112,6 +113,17 @@ def allocate(
     return Allocation(best, sensitivity, balance, value, start)
 
 
+def _probed(curve: np.ndarray) -> int:
+    """The width at which a group is measured: without `REMOVED` of its neurons, or fewer where that still loses nothing.
+
+    A loss that is only round-off says nothing about what comes below it.
+    """
+    kept = max(1, round((len(curve) - 1) * (1 - REMOVED)))
+    while kept > 1 and curve[kept] < NOTHING * curve[1]:
+        kept -= 1
+    return kept
+
+
 def _item(group: Group, losses: np.ndarray, cost: CostModel, what: str, multiple: int) -> _Item:
     widths = np.unique(np.append(np.arange(min(multiple, group.size), group.size + 1, multiple), group.size))
     costs = np.asarray([cost.total(what, {group.atom: int(width)}) for width in (0, group.size)])
@@ -129,7 +141,8 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
     budget = total * (1 - share)
 
     def chosen(price: float) -> list[int]:
-        return [int(np.argmin(item.losses + price * item.costs)) for item in items]
+        # of equally good widths the largest: what costs nothing to remove still goes only as far as was asked
+        return [len(item.costs) - 1 - int(np.argmin((item.losses + price * item.costs)[::-1])) for item in items]
 
     def spent(picks: Sequence[int]) -> float:
         sizes = {item.group.atom: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
@@ -157,18 +170,26 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
 def _step_down(
     items: Sequence[_Item], picks: list[int], spent: Callable[[Sequence[int]], float], budget: float
 ) -> None:
-    """From just above the budget, take the cheapest single steps until it is met as closely as a step allows."""
+    """From just above the budget, take the cheapest single steps until it is met as closely as a step allows.
+
+    What a step saves is measured on the whole model: where one group reads another it depends on both widths.
+    """
     now = spent(picks)
     while now > budget:
         rates = [
-            (item.losses[pick - 1] - item.losses[pick]) / (item.costs[pick] - item.costs[pick - 1]) if pick else np.inf
+            (item.losses[pick - 1] - item.losses[pick]) / (item.costs[pick] - item.costs[pick - 1])
+            if pick and item.costs[pick] > item.costs[pick - 1]
+            else np.inf
             for item, pick in zip(items, picks, strict=True)
         ]
-        best = int(np.argmin(rates))
-        if not np.isfinite(rates[best]):
+        for best in np.argsort(rates, kind="stable"):
+            if not np.isfinite(rates[best]):
+                return
+            picks[best] -= 1
+            after = spent(picks)
+            if budget - after <= now - budget:
+                break
+            picks[best] += 1  # this step would miss by more than staying does; a dearer one may be finer
+        else:
             return
-        saved = items[best].costs[picks[best]] - items[best].costs[picks[best] - 1]
-        if now - saved < budget and budget - (now - saved) > now - budget:
-            return  # one more step would miss by more than staying does
-        picks[best] -= 1
-        now -= saved
+        now = after

@@ -87,7 +87,7 @@ class Selector:
     ) -> None:
         self._analysis, self._statistics = analysis, statistics
         self._reconstruction, self._criterion, self._surgeon = reconstruction, criterion, surgeon
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
         self._scores: dict[str, np.ndarray] = {}
         self._removals: dict[str, Removal] = {}
 
@@ -132,7 +132,8 @@ class Selector:
             analysis = self._analysis
             qk = self._statistics.qk.get(group.id)
             target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk)
-            self._scores[group.id] = score(self._criterion, target, rng=self._rng)
+            rng = np.random.default_rng([self._seed, *group.id.encode()])  # the same whatever was asked for before
+            self._scores[group.id] = score(self._criterion, target, rng=rng)
         return keep_highest(self._scores[group.id], kept)
 
     def _by_surgeon(self, group: Group) -> bool:
@@ -153,5 +154,7 @@ def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Remova
     ).astype(np.float64)
     target = scoring_target(graph, dependencies, group, analysis.linears)
     dead = dead_neurons(graph, dependencies, group, target.filters).reshape(-1)
-    covariance = statistics.moments[readers[0].data].covariance
+    moments = statistics.moments[readers[0].data]
+    centred = all(one.bias is not None for one in readers)
+    covariance = moments.covariance if centred else moments.second / max(moments.count, 1)
     return removal_order(weight, covariance, group.size - 1, first=dead)

@@ -16,7 +16,7 @@ from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.statistics import Moments, PairMoments, Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.linear import Linear, neuron_places
-from onnxsnp.graph.paths import straight_from, way_to
+from onnxsnp.graph.paths import shift_blocked_by, straight_from, way_to
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable
@@ -70,8 +70,11 @@ def _pair_site(analysis: Analysis, group: Group, found: Rotations) -> None:
     graph, deps, linears = analysis.graph, analysis.dependencies, analysis.linears
     site = analysis.structure.sites[group.site or 0]
     query, key = (way_to(axis[0].split("|")[-1], group.atom, graph, deps, linears) for axis in (site.query, site.key))
+    capped = shift_blocked_by(site.score, deps.atoms(*site.key_tokens), graph, deps)
     if query.linear is None or key.linear is None:
         found.blocked[group.id] = query.blocked_by or key.blocked_by
+    elif capped:
+        found.blocked[group.id] = capped
     elif query.linear == key.linear or len(group.producers) != 2 or not _by_head(analysis, group, query.linear):
         found.blocked[group.id] = "query and key share a projection, or indices are tied across heads"
     else:
@@ -111,9 +114,14 @@ def pair_bases(moments: PairMoments) -> list[PairBasis]:
 def value_bases(analysis: Analysis, site: ValueSite, moments: Moments) -> list[ValueBasis]:
     """The best basis of every head, each for itself."""
     places = neuron_places(analysis.graph, analysis.dependencies, site.group, site.output.weight, site.output.inner)
-    covariance = moments.covariance
+    covariance = _second(moments, site.output)
     projection = np.moveaxis(analysis.graph.weights[site.output.weight], site.output.inner, 0).astype(np.float64)
     return [value_basis(covariance[np.ix_(rows, rows)], projection[rows]) for rows in places]
+
+
+def _second(moments: Moments, reader: Linear) -> np.ndarray:
+    """Second moments of what a projection reads: about the mean only where its bias can take up a change of it."""
+    return moments.covariance if reader.bias is not None else moments.second / max(moments.count, 1)
 
 
 def rotate_pairs(analysis: Analysis, site: PairSite, bases: list[PairBasis], keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -165,8 +173,7 @@ def rotate_values(
         new = slice(head * kept, (head + 1) * kept)
         change[rows, new] = basis.basis[:, :kept]
         start[new] = linalg.inv(basis.basis)[:kept] @ full[rows]
-    centred = linear.bias is not None
-    second = moments.covariance if centred else moments.second / max(moments.count, 1)
+    second = _second(moments, linear)
     inner = change.T @ second @ change
     strength = ridge * float(np.trace(inner)) / len(inner) + np.finfo(np.float64).tiny
     target = change.T @ second @ full + strength * start

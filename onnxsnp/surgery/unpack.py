@@ -19,6 +19,7 @@ from onnxsnp.graph.ir import Graph, Namer, Part
 from onnxsnp.graph.normalize import Normalized, unshare
 from onnxsnp.graph.rules import Select
 from onnxsnp.surgery.rewrite import Cut, cut_array, fix_sizes, new_size, weight_axes
+from onnxsnp.surgery.tidy import tidy
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Norma
         for name, array in graph.weights.items():
             result.shapes[name] = result.single[name] = array.shape
             result.dynamic[name] = (False,) * array.ndim
+    tidy(result)
     return result
 
 
