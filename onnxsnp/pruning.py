@@ -492,7 +492,7 @@ def _feeds(graph: Graph, batch: Batch) -> list[dict[str, np.ndarray]]:
     free = all(spec.shape and not isinstance(spec.shape[0], int) for spec in graph_inputs(graph))
     if not free:
         return [batch.inputs]
-    return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(3, batch.count)})]
+    return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(2, batch.count)})]
 
 
 def original_proto(model: Model) -> onnx.ModelProto:

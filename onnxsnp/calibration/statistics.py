@@ -138,7 +138,7 @@ def collect(
             if group.id in measured:
                 _add_pairs(result.pairs, group, dependencies, values, query, key)
         for name, (second, total, size) in wanted.items():
-            _add(result.moments, name, values[second], values[total], int(values[size]))
+            _add(result.moments, name, values.pop(second), values.pop(total), int(values[size]))
         result.samples += batch.count
         if progress is not None:
             progress(result.samples)

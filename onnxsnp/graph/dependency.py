@@ -6,7 +6,7 @@ connected component is a set of indices that can only be cut together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,12 +36,13 @@ class Dependencies:
     graph: nx.Graph
     places: dict[int, list[Place]]
     frozen: dict[int, list[Freeze]]
+    _atoms: dict[Axis, tuple[int, ...]]
 
     def atoms(self, tensor: str, axis: int | None = None) -> tuple[int, ...]:
-        """Factors of one axis, or of all axes of a tensor in order; empty for a tensor that was never seen."""
+        """Factors of one axis, or of all axes of a tensor in order."""
         if axis is not None:
-            return self.factors.atoms((tensor, axis))
-        return tuple(atom for index in range(len(self.facts.shapes[tensor])) for atom in self.atoms(tensor, index))
+            return self._atoms[(tensor, axis)]
+        return tuple(atom for index in range(len(self.facts.shapes[tensor])) for atom in self._atoms[(tensor, index)])
 
     def size(self, atom: int) -> int:
         return self.factors.size(atom)
@@ -70,12 +71,13 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
     factors, clashes = solve(facts.ties, sizes)
     network = nx.Graph()
     places: dict[int, list[Place]] = {}
+    atoms = {axis: factors.atoms(axis) for axis in sizes}
     for axis in sizes:
-        for position, atom in enumerate(factors.atoms(axis)):
+        for position, atom in enumerate(atoms[axis]):
             network.add_node((*axis, position), size=factors.size(atom))
             places.setdefault(atom, []).append((*axis, position))
     for tie in facts.ties:
-        for left, right in zip(_run(factors, tie.left), _run(factors, tie.right), strict=False):
+        for left, right in zip(_run(atoms, tie.left), _run(atoms, tie.right), strict=False):
             network.add_edge(left, right, node=tie.node)
     frozen: dict[int, list[Freeze]] = {}
     for freeze in facts.freezes:
@@ -83,11 +85,11 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
     for clash in clashes:
         axes = [*clash.tie.left, *clash.tie.right]
         _note(frozen, factors.atoms(axes), Freeze(axes[0], clash.reason, clash.tie.node))
-    return Dependencies(facts, factors, network, places, frozen)
+    return Dependencies(facts, factors, network, places, frozen, atoms)
 
 
-def _run(factors: Factors, axes: Sequence[Axis]) -> list[Place]:
-    return [(*axis, position) for axis in axes for position in range(len(factors.atoms(axis)))]
+def _run(atoms: Mapping[Axis, tuple[int, ...]], axes: Sequence[Axis]) -> list[Place]:
+    return [(*axis, position) for axis in axes for position in range(len(atoms[axis]))]
 
 
 def _note(frozen: dict[int, list[Freeze]], atoms: Sequence[int], freeze: Freeze) -> None:

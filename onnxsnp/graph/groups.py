@@ -110,7 +110,8 @@ class _Finder:
         made = self.graph.producers()
         joined: set[int] = set()
         for operands in self.deps.facts.joins:
-            for atom in set(self._tensor_atoms(operands[0])).intersection(*map(self._tensor_atoms, operands[1:])):
+            shared = self.producers.keys() & self._tensor_atoms(operands[0])
+            for atom in shared.intersection(*map(self._tensor_atoms, operands[1:])):
                 if len({self._sources(name, atom, made) for name in operands}) > 1:
                     joined.add(atom)
         return joined
