@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -19,3 +20,8 @@ def _controller() -> ThreadpoolController:
 def single_threaded() -> Any:
     """A context in which every BLAS library runs with one thread; the setting before is restored behind it."""
     return _controller().limit(limits=1, user_api="blas")
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.plan import GroupPlan, keep_highest
@@ -119,7 +120,8 @@ class Selector:
     def removal(self, group: Group) -> Removal:
         """The order in which an FFN's neurons go."""
         if group.id not in self._removals:
-            self._removals[group.id] = _surgeon(self._analysis, group, self._statistics)
+            with single_threaded():
+                self._removals[group.id] = _surgeon(self._analysis, group, self._statistics)
         return self._removals[group.id]
 
     def _keep(self, group: Group, kept: int) -> list[list[int]]:

@@ -6,20 +6,21 @@ decides which neurons (or directions) fill them, and with which weights.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import linalg
 
-from onnxsnp.blas import single_threaded
+from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.statistics import Moments, PairMoments, Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.linear import Linear, neuron_places
 from onnxsnp.graph.paths import shift_blocked_by, straight_from, way_to
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
-from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable
+from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable, solve_positive
 from onnxsnp.surgery.rewrite import Cut
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def rotate_values(
     inner = change.T @ second @ change
     strength = ridge * float(np.trace(inner)) / len(inner) + np.finfo(np.float64).tiny
     target = change.T @ second @ full + strength * start
-    refit = linalg.solve(inner + strength * np.eye(len(inner)), target, assume_a="pos")
+    refit = solve_positive(inner + strength * np.eye(len(inner)), target)
     written = np.zeros_like(full)
     written[np.take_along_axis(places, keep, axis=1).reshape(-1)] = refit
     updates[linear.weight] = np.moveaxis(written, 0, linear.inner).astype(array.dtype)
@@ -241,22 +242,21 @@ class Reconstruction:
         updates: dict[str, np.ndarray] = {}
         if self._compensation == "none":
             return updates
-        for entry in plan.groups:
-            if entry.kept == entry.size:
-                continue
-            held = self._last.get(entry.id)
-            if held is None or held[0] != entry.keep:
-                held = (entry.keep, self._group_weights(entry))
-                self._last[entry.id] = held
-            updates.update(held[1])
+        cut = [entry for entry in plan.groups if entry.kept < entry.size]
+        stale = [entry for entry in cut if self._last.get(entry.id, (None,))[0] != entry.keep]
+        # groups share nothing, and a solve of this size gains more from a core of its own than from BLAS threads
+        with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
+            for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True):
+                self._last[entry.id] = (entry.keep, made)
+        for entry in cut:
+            updates.update(self._last[entry.id][1])
         return updates
 
     def _group_weights(self, entry: GroupPlan) -> dict[str, np.ndarray]:
         analysis, moments = self._analysis, self._statistics.moments
         keep = np.asarray(entry.keep)
         if entry.id in self.rotations.pairs:
-            with single_threaded():
-                return rotate_pairs(analysis, self.rotations.pairs[entry.id], self._pair_bases(entry.id), keep)
+            return rotate_pairs(analysis, self.rotations.pairs[entry.id], self._pair_bases(entry.id), keep)
         if entry.id in self.rotations.values:
             site = self.rotations.values[entry.id]
             return rotate_values(analysis, site, self._value_bases(entry.id), keep, moments[site.output.data])

@@ -56,9 +56,17 @@ def solve(
     inner = second[np.ix_(keep, keep)]
     strength = ridge * float(np.trace(second)) / len(second) + np.finfo(np.float64).tiny
     target = second[keep] @ full + strength * full[keep]
-    refit = linalg.solve(inner + strength * np.eye(len(keep)), target, assume_a="pos")
+    refit = solve_positive(inner + strength * np.eye(len(keep)), target)
     shift = moments.mean @ full - moments.mean[keep] @ refit if centred else np.zeros(full.shape[1])
     return refit, shift
+
+
+def solve_positive(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """matrix⁻¹ target for a symmetric positive definite matrix; least squares where round-off made it singular."""
+    try:
+        return linalg.cho_solve(linalg.cho_factor(matrix, check_finite=False), target, check_finite=False)
+    except linalg.LinAlgError:
+        return linalg.lstsq(matrix, target)[0]
 
 
 def refit_consumers(

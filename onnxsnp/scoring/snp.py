@@ -17,12 +17,11 @@ gained little and would lose every component below 3e-4 σ_1, because S holds sq
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from onnxsnp.blas import single_threaded
+from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.errors import DataError
 from onnxsnp.scoring.vbmf import evbmf_rank
 
@@ -69,7 +68,7 @@ def qk_scores(
         return _chunk_scores(q, k, tokens_q, tokens_k, rank)
 
     with single_threaded():  # inside one LAPACK call of this size BLAS threads only spin (twice the CPU time)
-        workers = min(threads or _available_cores(), len(starts))
+        workers = min(threads or available_cores(), len(starts))
         if workers <= 1:
             parts = [part(start) for start in starts]
         else:
@@ -137,7 +136,3 @@ def _cholesky_or_root(gram: np.ndarray) -> np.ndarray:
 
 def _diagonal(gram: np.ndarray) -> np.ndarray:
     return np.diagonal(gram, axis1=-2, axis2=-1)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
