@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from onnxsnp._version import __version__
-from onnxsnp.errors import ModelError, OnnxSnpError, PlanError
+from onnxsnp.errors import DataError, ModelError, OnnxSnpError, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,10 +41,11 @@ ModelsArgument = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_OUTPUT)]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads inside one operator; all cores by default.", min=1, rich_help_panel=_MACHINE)
+    int | None,
+    typer.Option(help="Threads inside one operator; all cores by default.", min=1, max=1024, rich_help_panel=_MACHINE),
 ]
 Provider = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_MACHINE)]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_MACHINE)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, rich_help_panel=_MACHINE)]
 PreprocessOption = Annotated[
     str | None,
     typer.Option(
@@ -192,7 +197,12 @@ def prune(
         from onnxsnp.pruning import write_record
         from onnxsnp.report import terminal
 
-        target = _target(model, output, dry_run)
+        ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
+        target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or "")])
+        if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
+            raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
+        if plan is not None and ratio is not None:
+            print("onnxsnp: --ratio does nothing with --plan, which says what to keep", file=sys.stderr)
         with _progress() as progress:
             result = prune_model(
                 model,
@@ -219,7 +229,12 @@ def prune(
             )
         if dry_run and target is not None:
             write_record(result.plan.to_json(), target)
-        _print_json(result.record) if as_json else terminal.pruning(_stdout(), result.record)
+        if as_json:
+            _print_json(result.record)
+        else:
+            terminal.pruning(_stdout(), result.record)
+            if dry_run:
+                terminal.dry_run(_stdout(), target)
 
     _guarded(work, debug)
 
@@ -314,39 +329,94 @@ def bench(
 
 def main() -> None:
     """Entry point of the `onnxsnp` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a pipe or an old terminal may know no × or →
     app()
 
 
 def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Run a verb; a known error becomes one line on stderr and exit status 1."""
+    """Run a verb; an error becomes one line on stderr and exit status 1, an interrupt 130."""
+    with _interrupts() as interrupts:
+        try:
+            work()
+            return
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # whoever read the output has had enough
+                raise
+            if debug:
+                traceback.print_exc()
+            # Compiled modules turn an interrupt during their import into an error of their own.
+            interrupted = bool(interrupts) or isinstance(error, KeyboardInterrupt)
+            message = "interrupted; nothing half-written was left" if interrupted else _in_words(error)
+    print(f"onnxsnp: {message}", file=sys.stderr)
+    raise typer.Exit(130 if interrupted else 1)
+
+
+def _in_words(error: BaseException) -> str:
+    """One line for any error."""
+    if isinstance(error, OnnxSnpError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer --threads or a smaller --input-shape"
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}; check the disk and the paths"
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text}; this is a bug, please report it with the output of --debug"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that holds an entry once Ctrl-C was pressed."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
     try:
-        work()
-    except OnnxSnpError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"onnxsnp: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("onnxsnp: interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except MemoryError:
-        print("onnxsnp: out of memory; use fewer --threads or a smaller --input-shape", file=sys.stderr)
-        raise typer.Exit(1) from None
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _target(model: Path, output: Path | None, dry_run: bool) -> Path | None:
-    """Where to write, checked before any work is done."""
+def _target(model: Path, output: Path | None, dry_run: bool, read: list[Path | None]) -> Path | None:
+    """Where to write, checked before any work is done.
+
+    Args:
+        read: files besides the model that the output must not replace.
+    """
     if output is None:
-        return None if dry_run else model.with_name(model.stem + ".pruned.onnx")
-    if not output.parent.is_dir():
+        if dry_run:
+            return None
+        output = model.with_name(model.stem + ".pruned.onnx")
+    elif not output.parent.is_dir():
         raise ModelError(f"output folder does not exist: {output.parent}", hint="create it first")
-    if output.is_dir():
-        raise ModelError(f"output {output} is a folder", hint="give a file name")
     if output.suffix == ".json" and not dry_run:
         raise ModelError(f"output {output} would be overwritten by its own run record", hint="name it .onnx")
-    if output.exists() and model.exists() and output.samefile(model):
-        raise ModelError("the output would overwrite the input", hint="give another name with -o")
+    if output.suffix == ".onnx" and dry_run:
+        raise ModelError(f"a dry run writes a plan, not the model {output}", hint="name it .json, or leave -o out")
+    for path in (output,) if dry_run else (output, output.with_suffix(".json")):
+        _check_writable(path, [model, *read])
     return output
+
+
+def _check_writable(path: Path, read: list[Path | None]) -> None:
+    if path.is_dir():
+        raise ModelError(f"output {path} is a folder", hint="give a file name")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"output {path} is not a regular file", hint="give a file name")
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise ModelError(f"cannot write into {path.parent}", hint="choose another output with -o")
+    for source in read:
+        if source is not None and source.is_file() and path.exists() and path.samefile(source):
+            raise ModelError(f"the output {path} would overwrite the input", hint="give another name with -o")
 
 
 def _shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, ...]] | None:
@@ -362,13 +432,21 @@ def _shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, ...]] 
             shape = tuple(int(size) for size in sizes.replace("×", "x").split("x"))
         except ValueError:
             raise PlanError(f"cannot read --input-shape '{text}'", hint="write it as NAME:1x3x224x224") from None
-        if min(shape) < 1:
-            raise PlanError(f"--input-shape '{text}' has a size below 1")
-        proto = load(model).proto
-        inputs = [value.name for value in proto.graph.input]
-        if name and name not in inputs:
+        if min(shape) < 1 or max(shape) >= 2**31:
+            raise PlanError(f"--input-shape '{text}' has a size below 1 or beyond 2³¹", hint="write it as 1x3x224x224")
+        loaded = load(model)
+        inputs = {one.name: one.type.tensor_type.shape.dim for one in loaded.proto.graph.input}
+        inputs = {one: sizes for one, sizes in inputs.items() if one not in loaded.weights}
+        if not inputs:
+            raise PlanError("--input-shape was given, but the model has no inputs")
+        name = name or next(iter(inputs))
+        if name not in inputs:
             raise PlanError(f"--input-shape names '{name}', the model's inputs are {', '.join(inputs)}")
-        shapes[name or inputs[0]] = shape
+        fixed = [one.dim_value or None for one in inputs[name]]
+        if any(want not in (None, got) for want, got in list(zip(fixed, shape, strict=False))[1:]):
+            is_now = "×".join(str(one.dim_value or one.dim_param or "?") for one in inputs[name])
+            raise PlanError(f"--input-shape '{text}' does not fit input '{name}', which is {is_now}")
+        shapes[name] = shape
     return shapes
 
 
@@ -377,9 +455,11 @@ def _print_json(data: Any) -> None:
 
 
 def _stdout() -> Console:
+    """The terminal at its own width; in a pipe lines are not broken. Texts are data, not markup."""
     from rich.console import Console
 
-    return Console()
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 10_000
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def _stderr() -> Console:
@@ -405,6 +485,7 @@ class _progress:
             TimeRemainingColumn,
         )
 
+        console = _stderr()
         self._bar = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(),
@@ -412,8 +493,9 @@ class _progress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=_stderr(),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._bar.start()
         self._tasks: dict[str, Any] = {}
@@ -421,8 +503,9 @@ class _progress:
 
     def _update(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
-            for task in self._tasks.values():
-                self._bar.stop_task(task)
+            for task in self._bar.tasks:  # what went before is done, also where its size was not known
+                self._bar.update(task.id, total=task.total or 1, completed=task.total or 1)
+                self._bar.stop_task(task.id)
             self._tasks[stage] = self._bar.add_task(stage, total=total or None)
         self._bar.update(self._tasks[stage], completed=done, total=total or None)
 

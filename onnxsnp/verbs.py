@@ -9,7 +9,7 @@ from typing import Any
 from onnxsnp import model as model_files
 from onnxsnp.calibration.data import Dataset, image_spec, open_dataset, parse_classes, resolve_preprocess
 from onnxsnp.calibration.preprocess import Preprocess
-from onnxsnp.errors import ModelError
+from onnxsnp.errors import DataError, ModelError
 from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
 from onnxsnp.evaluation.latency import Latency, bench_models
 from onnxsnp.runtime import InputSpec, channel_axis, input_specs, open_session
@@ -61,6 +61,10 @@ def bench(
     Raises:
         ModelError: a model cannot be opened or run.
     """
+    if not models:
+        raise ModelError("no model was given")
+    for path in models:
+        model_files.load(path)  # a clear message for what is no model
     shapes = {name: tuple(int(size) for size in shape) for name, shape in (input_shapes or {}).items()}
     return bench_models(
         list(models),
@@ -116,9 +120,14 @@ def choose_preprocess(specs: Sequence[InputSpec], metadata: Mapping[str, str], n
 
     Returns:
         None for a model without an image input.
+
+    Raises:
+        DataError: an unknown name, or any name for a model without an image input.
     """
     spec = image_spec(specs)
     if spec is None:
+        if name is not None:
+            raise DataError("the model has no image input to preprocess", hint="leave --preprocess out")
         return None
     first = 1 if channel_axis(spec) == 3 else 2
     sizes = [one if isinstance(one, int) else 224 for one in spec.shape[first : first + 2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,16 +25,16 @@ def count(value: float) -> str:
 def inspection(console: Console, data: Mapping[str, Any]) -> None:
     """The result of `onnxsnp inspect`."""
     shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in data["inputs"].items())
-    console.print(
+    line = (
         f"{count(data['params'])} parameters, {count(data['macs'])} MACs per sample, "
-        f"{data['bytes'] / 1e6:.1f} MB, opset {data['opset']}, input {shapes}",
-        highlight=False,
+        f"{data['bytes'] / 1e6:.1f} MB, opset {data['opset']}, input {shapes}"
     )
+    console.print(Text(line), highlight=False)
     if data["sites"]:
         table = _table("attention site", "heads", "Q–K size", "V size", "can be cut")
         for site in data["sites"]:
-            able = ", ".join(_KIND_NAMES[kind] for kind, yes in site["prunable"].items() if yes) or "nothing"
-            table.add_row(site["name"], str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
+            able = ", ".join(_KIND_NAMES[kind] for kind in ("qk", "v") if site["prunable"][kind]) or "nothing"
+            table.add_row(_plain(site["name"]), str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
         console.print(table)
     else:
         console.print("no attention site found", style="yellow")
@@ -42,7 +43,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
         table = _table("group", "kind", "size", "MACs that scale with it", "can be cut")
         for group in others:
             table.add_row(
-                group["id"],
+                _plain(group["id"]),
                 _KIND_NAMES[group["kind"]],
                 str(group["size"]),
                 count(group["macs"]),
@@ -57,10 +58,12 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
 
 def pruning(console: Console, record: Mapping[str, Any]) -> None:
     """The result of `onnxsnp prune`: widths per block, then before and after side by side."""
-    console.print(_widths(record["groups"]))
-    console.print(_before_after(record))
+    for table in (*_widths(record["groups"]), _before_after(record)):
+        console.print(table)
+    if record["skipped"]:
+        console.print(f"note: {record['skipped']} unreadable calibration files were skipped", style="yellow")
     for note in record["notes"]:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+        console.print(Text(f"note: {note}"), style="yellow", highlight=False)
     proof = record.get("verification")
     if proof is not None:
         console.print(
@@ -68,12 +71,18 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
             highlight=False,
         )
     if record["output"]:
-        console.print(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s", highlight=False)
+        # one line however long, so that the path can be copied
+        console.print(Text(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s"), soft_wrap=True)
 
 
-def _widths(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per block, one column per kind; groups that belong to no block get rows of their own."""
-    table = _table("block", *(_KIND_NAMES[kind] for kind in _COLUMNS))
+def dry_run(console: Console, plan: Path | None) -> None:
+    """The end of `onnxsnp prune --dry-run`."""
+    end = f"wrote the plan {plan}; apply it with --plan" if plan is not None else "-o FILE.json keeps the plan"
+    console.print(Text(f"dry run, no model was written; {end}"), soft_wrap=True)
+
+
+def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """One row per block, one column per kind; groups that belong to no block get a table of their own."""
     cells: dict[int, dict[str, str]] = {}
     others = []
     for group in groups:
@@ -83,11 +92,17 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> Table:
             cells.setdefault(int(number), {})[group["kind"]] = text
         else:
             others.append((group["id"], text))
-    for number in sorted(cells):
-        table.add_row(str(number), *(cells[number].get(kind, "–") for kind in _COLUMNS))
-    for name, text in others:
-        table.add_row(name, text, "", "")
-    return table
+    tables = []
+    if cells:
+        kinds = [kind for kind in _COLUMNS if any(kind in row for row in cells.values())]
+        tables.append(_table("block", *(_KIND_NAMES[kind] for kind in kinds)))
+        for number in sorted(cells):
+            tables[0].add_row(str(number), *(cells[number].get(kind, "–") for kind in kinds))
+    if others:
+        tables.append(_table("group", "size"))
+        for name, text in others:
+            tables[-1].add_row(_plain(name), text)
+    return tables
 
 
 def _change(group: Mapping[str, Any]) -> str:
@@ -128,20 +143,21 @@ def _before_after(record: Mapping[str, Any]) -> Table:
         if agreement["top1"] is not None and accuracy is None:
             table.add_row(f"same top-1 as the original {seen}", "100 %", f"{agreement['top1']:.1f} %", "")
         if agreement["cosine"] is not None:
-            table.add_row(f"cosine to the original {seen}", "1", f"{agreement['cosine']:.3f}", "")
+            table.add_row(f"cosine to the original {seen}", "1", f"{agreement['cosine']:.4f}", "")
         if agreement["kl"] is not None:
-            table.add_row(f"KL to the original {seen}", "0", f"{agreement['kl']:.3f}", "")
+            table.add_row(f"KL to the original {seen}", "0", f"{agreement['kl']:.4f}", "")
     return table
 
 
 def evaluations(console: Console, results: Sequence[Mapping[str, Any]], description: str) -> None:
     """The result of `onnxsnp evaluate`."""
-    console.print(description, highlight=False)
+    console.print(Text(description), highlight=False)
     labelled = results[0]["top1"] is not None
-    columns = ["top-1", "95 % interval", "top-5"] if labelled else []
-    table = _table("model", *columns, "same top-1", "cosine", "KL")
-    for result in results:
-        row = [result["model"]]
+    columns = ["top-1", "95 % CI", "top-5"] if labelled else []
+    compared = ["agreement", "cosine", "KL"] if len(results) > 1 else []
+    table = _table("model", *columns, *compared)
+    for result, name in zip(results, _names(results), strict=True):
+        row: list[str | Text] = [name]
         if labelled:
             low, high = result["top1_interval"]
             row += [
@@ -149,38 +165,54 @@ def evaluations(console: Console, results: Sequence[Mapping[str, Any]], descript
                 f"{low:.1f}–{high:.1f}",
                 f"{result['top5']:.2f} %" if result["top5"] is not None else "–",
             ]
-        row += [
-            _or_dash(result["agreement"], "{:.2f} %"),
-            _or_dash(result["cosine"], "{:.4f}"),
-            _or_dash(result["kl"], "{:.4f}"),
-        ]
+        if compared:
+            row += [
+                _or_dash(result["agreement"], "{:.2f} %"),
+                _or_dash(result["cosine"], "{:.4f}"),
+                _or_dash(result["kl"], "{:.4f}"),
+            ]
         table.add_row(*row)
-    console.print(table)
+    if labelled or compared:
+        console.print(table)
+    else:
+        console.print("nothing to compare: give a second model, or --data with images in class folders")
     broken = [result for result in results if result["nonfinite"]]
     for result in broken:
-        console.print(f"{result['model']}: {result['nonfinite']} samples gave NaN or infinity", style="red")
+        console.print(Text(f"{result['model']}: {result['nonfinite']} samples gave NaN or infinity"), style="red")
 
 
 def latencies(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     """The result of `onnxsnp bench`."""
-    table = _table("model", "median", "p90", "mean", "min", "speed-up", "file")
-    for index, result in enumerate(results):
+    table = _table("model", "median", "p90", "min", "speed-up", "file")
+    for index, (result, name) in enumerate(zip(results, _names(results), strict=True)):
         low, high = result["speedup_interval"]
         ratio = "1" if index == 0 else f"{result['speedup']:.2f}× ({low:.2f}–{high:.2f})"
         table.add_row(
-            result["model"],
-            *(f"{result[key]:.2f} ms" for key in ("median", "p90", "mean", "min")),
+            name,
+            *(f"{result[key]:.2f} ms" for key in ("median", "p90", "min")),
             ratio,
             f"{result['bytes'] / 1e6:.2f} MB",
         )
     console.print(table)
     first = results[0]
-    threads = first["threads"] or "all"
+    threads = {None: "all threads", 1: "1 thread"}.get(first["threads"], f"{first['threads']} threads")
     console.print(
-        f"batch {first['batch']}, {first['runs']} interleaved rounds, {threads} threads, {first['provider']}; "
+        f"batch {first['batch']}, {first['runs']} interleaved rounds, {threads}, {first['provider']}; "
         "speed-up is the median over rounds, quartiles in brackets",
         highlight=False,
     )
+
+
+def _names(results: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """File names without their folders where that tells the models apart."""
+    full = [result["model"] for result in results]
+    short = [Path(name).name for name in full]
+    return [_plain(name) for name in (short if len(set(short)) == len(set(full)) else full)]
+
+
+def _plain(name: str) -> Text:
+    """Text from files, in which brackets and colons mean nothing."""
+    return Text(name, overflow="fold")
 
 
 def _table(*columns: str) -> Table:
