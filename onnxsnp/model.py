@@ -189,8 +189,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise ModelError(f"output folder does not exist: {target.parent}", hint="create it first")
-    if target.is_dir():
-        raise ModelError(f"output {target} is a folder", hint="give a file name")
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "not a regular file"
+        raise ModelError(f"output {target} is {what}", hint="give a file name")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
@@ -205,6 +206,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.umask(mask)
         part.chmod(0o666 & ~mask)
         os.replace(part, target)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror or error}", hint="nothing was left behind") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -128,13 +128,13 @@ class _Run:
     def _check_options(self) -> None:
         options = self.options
         if options.criterion not in CRITERIA:
-            raise PlanError(f"unknown criterion '{options.criterion}'", hint=f"choose from {', '.join(CRITERIA)}")
+            raise allocating.unknown("criterion", options.criterion, CRITERIA)
         if options.compensation not in COMPENSATIONS:
-            raise PlanError(
-                f"unknown compensation '{options.compensation}'", hint=f"choose from {', '.join(COMPENSATIONS)}"
-            )
+            raise allocating.unknown("compensation", options.compensation, COMPENSATIONS)
         if options.of not in ("macs", "params"):
-            raise PlanError(f"cannot allocate a share of '{options.of}'", hint="choose macs or params")
+            raise allocating.unknown("cost", options.of, ("macs", "params"))
+        if options.provider not in ("cpu", "cuda"):
+            raise allocating.unknown("provider", options.provider, ("cpu", "cuda"))
         if options.multiple_of < 1:
             raise PlanError(f"--multiple-of must be 1 or more, got {options.multiple_of}")
         if options.samples < 1:
@@ -157,6 +157,8 @@ class _Run:
             mark = fingerprint(analysis.model)
         plan = self._given_plan(analysis, mark)
         counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
+        if self.options.eval_data is not None:
+            self._labelled(analysis)  # bad data should be known now, not after all the work
         data = self._data(analysis)
         statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
@@ -174,10 +176,13 @@ class _Run:
         self._compare(record, analysis, applied.graph, held)
         graph = applied.graph if applied.cuts else None
         del applied
-        build = self._write(record, analysis, graph, _feeds(analysis.graph, sample)[:1], output)
-        record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
-        if output is not None:
-            write_record(json.dumps(record, indent=1, allow_nan=False), Path(output).with_suffix(".json"))
+        json.dumps(record, allow_nan=False)  # before anything is written: a record that cannot be is no result
+        feeds = _feeds(analysis.graph, sample)[:1]
+        with whole_file(Path(output).with_suffix(".json")) if output is not None else nullcontext() as part:
+            build = self._write(record, analysis, graph, feeds, output)
+            record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+            if part is not None:
+                part.write_text(json.dumps(record, indent=1, allow_nan=False))
         return PruneResult(plan, record, build)
 
     def _given_plan(self, analysis: Analysis, mark: str) -> Plan | None:
@@ -193,8 +198,6 @@ class _Run:
         options = self.options
         if options.scope is not None:
             scope = allocating.parse_scope(options.scope)
-            if "head" in scope:
-                raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
         else:
             scope = allocating.SCOPES if self._from_file else allocating.DEFAULT_SCOPE
         groups = [group for group in analysis.structure.groups if group.kind in scope and group.prunable]
@@ -303,6 +306,20 @@ class _Run:
             self.notes.append("calibrated on generated inputs; real data of the model's domain does better")
         return data
 
+    def _labelled(self, analysis: Analysis) -> Dataset:
+        """The data accuracy is measured on."""
+        options = self.options
+        specs = graph_inputs(analysis.graph, options.input_shapes)
+        return open_dataset(
+            options.eval_data,
+            specs,
+            batch_size=_BATCH,
+            pad_last=True,
+            shuffle=False,
+            preprocess=self._preprocess(analysis, specs),
+            classes=class_names(analysis.model.metadata),
+        )
+
     def _preprocess(self, analysis: Analysis, specs: Sequence[InputSpec]) -> Preprocess | None:
         given = self.options.preprocess
         return given if isinstance(given, Preprocess) else choose_preprocess(specs, analysis.model.metadata, given)
@@ -394,7 +411,7 @@ class _Run:
             ],
             "settings": {**self._settings(data)},
             "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
-            "skipped": len(data.skipped),
+            "skipped": data.skipped_count,
             "allocation": self.allocation,
             "notes": self.notes,
             "seconds": self.seconds,
@@ -440,17 +457,7 @@ class _Run:
         return partial(onnx.load, str(output))
 
     def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:
-        options = self.options
-        specs = graph_inputs(analysis.graph, options.input_shapes)
-        data = open_dataset(
-            options.eval_data,
-            specs,
-            batch_size=_BATCH,
-            pad_last=True,
-            shuffle=False,
-            preprocess=self._preprocess(analysis, specs),
-            classes=class_names(analysis.model.metadata),
-        )
+        data = self._labelled(analysis)
         with self.stage("evaluate"):
             before, after = evaluate_models(
                 sessions,

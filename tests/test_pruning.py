@@ -239,7 +239,7 @@ def zero(values: dict[str, np.ndarray], graph: Any, name: str, axis: int, dead: 
         ({"ratio": None}, "no ratio was given"),
         ({"ratio": 0.99}, "can remove at most"),
         ({"compensation": "magic"}, "unknown compensation 'magic'"),
-        ({"of": "latency"}, "cannot allocate a share of 'latency'"),
+        ({"of": "latency"}, "unknown cost 'latency'"),
         ({"multiple_of": 0}, "must be 1 or more"),
         ({"allocation": "absent.json", "ratio": None}, "no such allocation"),
         ({"plan": "absent.json", "ratio": None}, "cannot read plan"),

@@ -64,7 +64,8 @@ def read_array_file(path: Path, specs: Sequence[InputSpec]) -> ArraySource:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
         content = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError) as error:
-        raise DataError(f"cannot read arrays from {path}: {error}", hint="save it with numpy.save or savez") from error
+        said = str(error) if "pickle" not in str(error) else "it holds no plain arrays"
+        raise DataError(f"cannot read arrays from {path}: {said}", hint="save it with numpy.save or savez") from error
     arrays, labels = _checked(content, specs, str(path))
     _same_length(arrays, labels, str(path))
     return ArraySource(arrays, labels, f"arrays of {path}")

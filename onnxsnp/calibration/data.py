@@ -186,6 +186,8 @@ class Dataset:
             except UnreadableSampleError as error:
                 self._broken.add(index)
                 reason = str(error)
+        if not len(self._order):
+            raise DataError(f"there are no samples in {self._source.description}")
         if len(self._broken) == len(self._order):
             raise DataError(f"none of {len(self._order)} {self._source.description} can be read; the last: {reason}")
         if not self.samples:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "MPO")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MAX_FILE_BYTES = 256 * 2**20  # one file or archive member
 MAX_EXPANSION = 200  # an archive of pictures hardly shrinks; far beyond this it was made to explode
 _EXPANSION_FREE = 2**30  # bytes below which the expansion does not matter

@@ -70,7 +70,8 @@ def _bias(
 ) -> str | None:
     """The operator's own bias, or the constant that its only reader adds."""
     if node.op_type in ("Gemm", "Conv"):
-        return node.input[2] if len(node.input) > 2 and node.input[2] in graph.weights else None
+        held = graph.weights.get(node.input[2]) if len(node.input) > 2 else None
+        return node.input[2] if held is not None and held.size == graph.weights[weight].shape[outer] else None
     after = readers.get(node.output[0], [])
     if len(after) != 1 or after[0][0].op_type != "Add":
         return None

@@ -69,7 +69,7 @@ def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, lin
 
 
 def _read_elsewhere(name: str, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> str:
-    """A second reader of a tensor, by name; empty if there is none. Those that only ask for its size or type do not count."""
+    """Another reader of a tensor, by name; empty if there is none. One that asks for size or type does not count."""
     uses = [(node, slot) for node, slot in readers.get(name, []) if node.op_type not in ("Shape", "Size")]
     others = [node.name for node, slot in uses if (node.op_type, slot) != ("CastLike", 1)]
     return others[-1] if len(others) > 1 else name if name in graph.outputs else ""

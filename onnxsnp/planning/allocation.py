@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
 
-SCOPES = ("qk", "v", "ffn", "head", "channel", "residual")
+SCOPES = ("qk", "v", "ffn", "channel", "residual")
 DEFAULT_SCOPE = ("qk", "v", "ffn")
 _FILE_KINDS = {"query_key": "qk", "value": "v", "ffn": "ffn", "residual": "residual"}
 TOLERANCE = 0.01  # of the asked share
@@ -28,15 +28,20 @@ def parse_scope(text: str | Sequence[str]) -> tuple[str, ...]:
     """
     names = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
     for name in names:
+        if name == "head":
+            raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
         if name not in SCOPES:
-            near = get_close_matches(name, SCOPES, 1)
-            raise PlanError(
-                f"unknown scope '{name}'",
-                hint=f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(SCOPES)}",
-            )
+            raise unknown("scope", name, SCOPES)
     if not names:
         raise PlanError("the scope is empty", hint=f"choose from {', '.join(SCOPES)}")
     return tuple(dict.fromkeys(names))
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
+    """The error for a name that does not exist, with the nearest that does."""
+    near = get_close_matches(name.lower(), list(known), 1, cutoff=0.5)
+    choices = f"choose from {', '.join(known)}"
+    return PlanError(f"unknown {what} '{name}'", hint=f"did you mean '{near[0]}'? {choices}" if near else choices)
 
 
 def check_ratio(ratio: float) -> float:
@@ -165,7 +170,9 @@ def from_file(reference: str, groups: Sequence[Group], multiple: int = 1, scoped
                 f"{reference} gives a ratio for '{name}', which this model does not have or cannot cut",
                 hint="onnxsnp inspect lists the groups",
             )
-        kept[group.id] = keep_count(group.size, check_ratio(ratio) * group.size, multiple)
+        if not 0 <= ratio < 1:
+            raise PlanError(f"{reference} gives '{name}' the ratio {ratio}", hint="ratios are at least 0 and below 1")
+        kept[group.id] = keep_count(group.size, ratio * group.size, multiple)
     return kept
 
 
@@ -177,13 +184,19 @@ def _read_ratios(reference: str) -> dict[str, float]:
     try:
         data = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise PlanError(f"no such allocation: '{reference}'", hint="give auto, uniform, or a ratios file") from error
+        near = get_close_matches(reference.lower(), ("auto", "uniform"), 1)
+        guess = f"did you mean '{near[0]}'? " if near else ""
+        raise PlanError(
+            f"no such allocation: '{reference}'", hint=f"{guess}give auto, uniform or a ratios file"
+        ) from error
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot read ratios from {path}: {error}") from error
     if isinstance(data, dict) and isinstance(data.get("models"), dict):
         models = data["models"]
         if not entry and len(models) == 1:
             entry = next(iter(models))
+        if not entry and models:
+            raise PlanError(f"{path} holds ratios of several models", hint=f"add one of :{', :'.join(models)}")
         if entry not in models:
             near = get_close_matches(entry, models, 1)
             raise PlanError(
@@ -193,14 +206,22 @@ def _read_ratios(reference: str) -> dict[str, float]:
         data = models[entry]
     if not isinstance(data, dict):
         raise PlanError(f"{path} does not hold ratios by kind")
+    if not data:
+        raise PlanError(f"{path} holds no ratios")
     try:
-        return _by_kind(data) if any(key in data for key in _FILE_KINDS) else _by_module(data, path)
+        return _by_kind(data, path) if any(key in data for key in _FILE_KINDS) else _by_module(data, path)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{path} does not hold numbers where ratios are expected: {error}") from error
 
 
-def _by_kind(data: Mapping[str, Any]) -> dict[str, float]:
+_NOTES = ("expected", "source", "comment")  # what a ratios file may say besides
+
+
+def _by_kind(data: Mapping[str, Any], path: str) -> dict[str, float]:
     ratios: dict[str, float] = {}
+    for key in data:
+        if key not in _FILE_KINDS and key not in _NOTES:
+            raise unknown(f"kind in {path}", key, _FILE_KINDS)
     for key, kind in _FILE_KINDS.items():
         value = data.get(key)
         if value is None:

@@ -15,11 +15,12 @@ import numpy as np
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
+from onnxsnp.planning.allocation import TOLERANCE
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
 
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
-NOTHING = 1e-4  # share of the error of a single neuron below which a width counts as lossless
+NOTHING = 3e-5  # share of the error of a single neuron below which a width counts as lossless
 _STEPS = (2.0, 1.4)  # factors by which the weight of a kind of groups is changed while refining
 
 
@@ -29,7 +30,7 @@ class Allocation:
 
     Attributes:
         counts: kept neurons by group id.
-        sensitivity: by group id, the loss when the group alone loses `REMOVED` of its neurons.
+        sensitivity: by group id, the loss when the group alone loses `REMOVED` of its neurons (or more, see `_probed`).
         balance: by kind, the factor that refining put on the sensitivities.
         loss: joint loss of the plan; start is that of the knapsack's first answer.
     """
@@ -114,7 +115,7 @@ def allocate(
 
 
 def _probed(curve: np.ndarray) -> int:
-    """The width at which a group is measured: without `REMOVED` of its neurons, or fewer where that still loses nothing.
+    """The width at which a group is measured: without `REMOVED` of its neurons, or less where that still loses nothing.
 
     A loss that is only round-off says nothing about what comes below it.
     """
@@ -163,16 +164,17 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
         middle = (low + high) / 2
         low, high = (middle, high) if spent(chosen(middle)) > budget else (low, middle)
     picks = chosen(low)
-    _step_down(items, picks, spent, budget)
+    _step_down(items, picks, spent, budget, 0.9 * TOLERANCE * share * total)
     return {item.group.id: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
 
 
 def _step_down(
-    items: Sequence[_Item], picks: list[int], spent: Callable[[Sequence[int]], float], budget: float
+    items: Sequence[_Item], picks: list[int], spent: Callable[[Sequence[int]], float], budget: float, slack: float
 ) -> None:
-    """From just above the budget, take the cheapest single steps until it is met as closely as a step allows.
+    """From just above the budget, take the cheapest single steps that do not miss it by more than the slack.
 
-    What a step saves is measured on the whole model: where one group reads another it depends on both widths.
+    A dearer step goes first where it is finer. If every step is too coarse, the cheapest that comes closer is taken, or
+    none. What a step saves is measured on the whole model: where one group reads another it depends on both widths.
     """
     now = spent(picks)
     while now > budget:
@@ -182,14 +184,18 @@ def _step_down(
             else np.inf
             for item, pick in zip(items, picks, strict=True)
         ]
-        for best in np.argsort(rates, kind="stable"):
+        coarse: list[tuple[float, int]] = []
+        for best in np.argsort(rates, kind="stable").tolist():
             if not np.isfinite(rates[best]):
-                return
-            picks[best] -= 1
-            after = spent(picks)
-            if budget - after <= now - budget:
+                continue
+            missed = budget - spent([pick - (index == best) for index, pick in enumerate(picks)])
+            if missed <= min(slack, now - budget):
                 break
-            picks[best] += 1  # this step would miss by more than staying does; a dearer one may be finer
+            coarse.append((missed, best))
         else:
-            return
-        now = after
+            closer = [step for step in coarse if step[0] <= now - budget]
+            if not closer:
+                return
+            missed, best = closer[0]
+        picks[best] -= 1
+        now = budget - missed

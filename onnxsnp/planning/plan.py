@@ -83,8 +83,9 @@ class Plan:
             ]
             return Plan(str(data["model"]), groups, dict(data["settings"]))
         except (ValueError, KeyError, TypeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise PlanError(
-                f"{where} is not a plan: {type(error).__name__} {error}",
+                f"{where} is not a plan: {why}",
                 hint="plans are written with --dry-run -o FILE, or found in the run record",
             ) from error
 
@@ -105,7 +106,8 @@ def read_plan(path: str | Path) -> Plan:
     try:
         text = source.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read plan {source}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise PlanError(f"cannot read plan {source}: {why}") from error
     try:
         data = json.loads(text)
     except ValueError:

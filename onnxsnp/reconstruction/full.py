@@ -76,7 +76,7 @@ def _pair_site(analysis: Analysis, group: Group, found: Rotations) -> None:
         found.blocked[group.id] = query.blocked_by or key.blocked_by
     elif capped:
         found.blocked[group.id] = capped
-    elif query.linear == key.linear or len(group.producers) != 2 or not _by_head(analysis, group, query.linear):
+    elif len(group.producers) != 2 or not all(_by_head(analysis, group, one.linear) for one in (query, key)):
         found.blocked[group.id] = "query and key share a projection, or indices are tied across heads"
     else:
         found.pairs[group.id] = PairSite(group, query.linear, key.linear)
@@ -99,9 +99,9 @@ def _value_site(analysis: Analysis, group: Group, found: Rotations) -> None:
         found.values[group.id] = ValueSite(group, value.linear, readers[0])
 
 
-def _by_head(analysis: Analysis, group: Group, linear: Linear) -> bool:
+def _by_head(analysis: Analysis, group: Group, linear: Linear | None) -> bool:
     """Whether the projection emits nothing but the group's heads, so that each can have a basis of its own."""
-    return analysis.graph.weights[linear.weight].shape[linear.outer] == group.heads * group.size
+    return linear is not None and analysis.graph.weights[linear.weight].shape[linear.outer] == group.heads * group.size
 
 
 def pair_bases(moments: PairMoments) -> list[PairBasis]:

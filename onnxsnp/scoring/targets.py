@@ -29,6 +29,8 @@ def scoring_target(
     )
     if not filters:
         filters = tuple(neuron_matrix(graph, dependencies, group, weight) for weight, _ in group.producers)
+    if group.kind == "qk" and len(filters) == 1:
+        filters *= 2  # one projection is both query and key
     kind = group.kind if group.kind in ("qk", "v", "residual") else "ffn"
     return ScoringTarget(kind, group.heads, group.size, filters, dead_neurons(graph, dependencies, group, filters), qk)
 

@@ -199,9 +199,9 @@ def test_a_scope_passes_over_the_kinds_that_are_not_in_it(analysis: Analysis, tm
     ("data", "message"),
     [
         ({"query_key": [0.1] * 4}, r"gives a ratio for 'qk\.3'"),
-        ({"ffn": [0.1, 1.0, 0.1]}, "below 1, got 1"),
-        ({"ffn": [0.1, -0.2, 0.1]}, "below 1, got -0.2"),
-        ('{"ffn": [NaN]}', "got nan"),
+        ({"ffn": [0.1, 1.0, 0.1]}, "'ffn.1' the ratio 1"),
+        ({"ffn": [0.1, -0.2, 0.1]}, "'ffn.1' the ratio -0.2"),
+        ('{"ffn": [NaN]}', "the ratio nan"),
         ({"ffn": ["much"]}, "does not hold numbers where ratios are expected"),
         ({"ffn": {"0": 0.5}}, "does not hold numbers where ratios are expected"),
         ({"blocks_0_attn": 0.5}, "names 'blocks_0_attn', which is not a known kind or module"),

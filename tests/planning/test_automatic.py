@@ -1,0 +1,355 @@
+"""The knapsack against brute force, its budget against the cost model, and a search that never makes things worse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import graphs
+import numpy as np
+import pytest
+
+from onnxsnp.analysis import analyse_model
+from onnxsnp.calibration.data import Batch
+from onnxsnp.calibration.statistics import collect
+from onnxsnp.errors import PlanError
+from onnxsnp.graph.groups import Group
+from onnxsnp.planning import allocation
+from onnxsnp.planning.automatic import REMOVED, Allocation, _item, allocate, knapsack
+from onnxsnp.planning.curves import Loss
+from onnxsnp.planning.selection import Selector, requirements
+from onnxsnp.reconstruction.full import Reconstruction
+
+
+@dataclass
+class Costs:
+    """What a neuron of each group costs, and what cannot be cut. In `pairs` the cost is the product of two widths."""
+
+    rates: list[float]
+    sizes: list[int]
+    fixed: float = 0.0
+    pairs: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def total(self, what: str, sizes: Mapping[int, int] | None = None) -> float:
+        assert what in ("macs", "params")
+        now = {**dict(enumerate(self.sizes)), **(sizes or {})}
+        products = sum(rate * now[one] * now[other] for one, other, rate in self.pairs)
+        return self.fixed + products + sum(rate * now[atom] for atom, rate in enumerate(self.rates))
+
+
+def group(atom: int, size: int, kind: str = "ffn") -> Group:
+    return Group(f"{kind}.{atom}", kind, size, 1, atom, (), (), (), ())
+
+
+def convex(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A curve that falls ever more slowly to zero, [size + 1]; nothing is known about width 0."""
+    steps = np.sort(rng.exponential(size=size) ** 2)[::-1]
+    curve = np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+    curve[0] = np.nan
+    return curve
+
+
+def problem(
+    seed: int, costs: Costs, multiple: int = 1, kinds: Sequence[str] = ()
+) -> tuple[list[Group], list[np.ndarray], list[Any]]:
+    rng = np.random.default_rng(seed)
+    kinds = kinds or ["ffn"] * len(costs.sizes)
+    groups = [group(atom, size, kinds[atom]) for atom, size in enumerate(costs.sizes)]
+    curves = [convex(rng, size) * rng.uniform(0.1, 10) for size in costs.sizes]
+    items = [_item(one, curve, costs, "macs", multiple) for one, curve in zip(groups, curves, strict=True)]
+    return groups, curves, items
+
+
+def spent(costs: Costs, counts: Mapping[str, int]) -> float:
+    return costs.total("macs", {int(name.split(".")[1]): kept for name, kept in counts.items()})
+
+
+def lost(curves: Sequence[np.ndarray], counts: Mapping[str, int]) -> float:
+    return float(sum(curves[int(name.split(".")[1])][kept] for name, kept in counts.items()))
+
+
+def brute(curves: Sequence[np.ndarray], costs: Costs, budget: float, multiple: int = 1) -> float:
+    """The least loss of all plans within a budget."""
+    widths = [
+        sorted({*range(multiple, size + 1, multiple), size}) if size >= multiple else [size] for size in costs.sizes
+    ]
+    return min(
+        (
+            float(sum(curve[width] for curve, width in zip(curves, plan, strict=True)))
+            for plan in itertools.product(*widths)
+            if costs.total("macs", dict(enumerate(plan))) <= budget * (1 + 1e-12)
+        ),
+        default=np.inf,
+    )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(5))
+def test_with_steps_of_one_cost_it_is_the_optimum(seed: int, share: float) -> None:
+    costs = Costs([2.0, 2.0, 2.0], [9, 6, 12], fixed=3.0)
+    _, curves, items = problem(seed, costs)
+    counts = knapsack(items, costs, "macs", share)
+    cost = spent(costs, counts)
+    assert abs(cost - costs.total("macs") * (1 - share)) <= 1.0  # half a step
+    assert lost(curves, counts) == pytest.approx(brute(curves, costs, cost))
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.6])
+@pytest.mark.parametrize("seed", range(5))
+def test_with_steps_of_any_cost_it_is_within_a_step_of_the_optimum(seed: int, share: float, multiple: int) -> None:
+    costs = Costs([1.0, 3.7, 2.3], [30, 9, 17], fixed=5.0)
+    _, curves, items = problem(seed, costs, multiple)
+    counts = knapsack(items, costs, "macs", share)
+    cost, step = spent(costs, counts), multiple * 3.7
+    assert abs(cost - costs.total("macs") * (1 - share)) <= step / 2 + 1e-9
+    best = brute(curves, costs, cost, multiple)
+    assert best <= lost(curves, counts) + 1e-12
+    last = max(  # what the dearest of the last steps lost; with wide steps it may take two to meet the budget
+        items[at].losses[pick] - items[at].losses[pick + 1]
+        for at, kept in enumerate(counts.values())
+        if (pick := items[at].widths.tolist().index(kept)) + 1 < len(items[at].widths)
+    )
+    assert lost(curves, counts) <= max(brute(curves, costs, cost - step, multiple), best + multiple * last) + 1e-12
+    for name, kept in counts.items():
+        assert kept % multiple == 0 or kept == costs.sizes[int(name.split(".")[1])]
+
+
+@pytest.mark.parametrize("share", np.linspace(0.02, 0.9, 12).tolist())
+@pytest.mark.parametrize("seed", range(2))
+def test_the_budget_is_met_where_steps_allow(seed: int, share: float) -> None:
+    costs = Costs([5.0, 4.0, 7.0, 1.0, 1.5], [400, 300, 64, 700, 64], fixed=300.0)
+    _, _, items = problem(seed, costs)
+    counts = knapsack(items, costs, "macs", share)
+    assert 1 - spent(costs, counts) / costs.total("macs") == pytest.approx(share, rel=0.01)
+
+
+def test_fine_steps_fill_up_what_a_coarse_step_would_overshoot() -> None:
+    costs = Costs([100.0, 1.0], [10, 200])
+    flat = [np.linspace(1, 0, 11), np.linspace(1000, 0, 201)]  # the coarse group is by far the cheaper one
+    items = [_item(group(atom, costs.sizes[atom]), flat[atom], costs, "macs", 1) for atom in range(2)]
+    counts = knapsack(items, costs, "macs", 0.375)  # 450 of 1200: four coarse steps and fifty fine ones
+    assert spent(costs, counts) == pytest.approx(750, abs=0.5) and counts == {"ffn.0": 6, "ffn.1": 150}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.8])
+def test_where_one_group_reads_another_the_saving_is_that_of_both(share: float) -> None:
+    costs = Costs([1.0, 1.0, 1.0], [60, 50, 40], pairs=[(0, 1, 1.0), (1, 2, 1.0)])
+    for seed in range(4):
+        _, _, items = problem(seed, costs)
+        counts = knapsack(items, costs, "macs", share)
+        assert abs(spent(costs, counts) - costs.total("macs") * (1 - share)) <= (60 + 40 + 1) / 2  # half a step
+    model = graphs.mlp(16, 90, 80, 70, 8)
+    analysis = analyse_model(model)
+    groups = [one for one in analysis.structure.groups if one.kind == "ffn"]
+    assert len(groups) == 3
+    rng = np.random.default_rng(0)
+    items = [_item(one, convex(rng, one.size), analysis.cost, "macs", 1) for one in groups]
+    counts = knapsack(items, analysis.cost, "macs", share)
+    got = analysis.cost.total("macs", {one.atom: counts[one.id] for one in groups})
+    assert abs(got - analysis.cost.total("macs") * (1 - share)) <= (90 + 70) / 2
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8, 16])
+def test_widths_are_multiples_or_untouched(multiple: int) -> None:
+    costs = Costs([1.0, 2.0, 1.0, 1.0], [64, 36, 100, 5])
+    _, _, items = problem(1, costs, multiple)
+    assert all(
+        item.widths[-1] == item.group.size and item.widths[0] == min(multiple, item.group.size) for item in items
+    )
+    for share in (0.1, 0.4, 0.7):
+        try:
+            counts = knapsack(items, costs, "macs", share)
+        except PlanError:
+            assert multiple == 16 and share == 0.7
+            continue
+        for item in items:
+            kept = counts[item.group.id]
+            assert 1 <= kept <= item.group.size and (kept % multiple == 0 or kept == item.group.size)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
+def test_a_group_that_does_not_matter_goes_first_and_only_as_far_as_was_asked(share: float) -> None:
+    costs = Costs([1.0, 1.0, 1.0], [100, 100, 100])
+    _, curves, _ = problem(0, costs)
+    curves[1] = np.zeros(101)
+    items = [_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
+    counts = knapsack(items, costs, "macs", share)
+    assert spent(costs, counts) == pytest.approx(300 * (1 - share), abs=1)
+    if share < 0.33:
+        assert counts == {"ffn.0": 100, "ffn.1": round(100 - 300 * share), "ffn.2": 100}
+    else:
+        assert counts["ffn.1"] == 1
+
+
+def test_neurons_that_lose_nothing_go_before_all_others() -> None:
+    costs = Costs([1.0, 1.0], [100, 100])
+    curves = [np.maximum(60.0 - np.arange(101), 0), np.maximum(90.0 - np.arange(101), 0) * 1e-3]
+    items = [_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
+    assert lost(curves, knapsack(items, costs, "macs", 0.2)) == 0
+    assert knapsack(items, costs, "macs", 0.25) == {"ffn.0": 60, "ffn.1": 90}
+    assert knapsack(items, costs, "macs", 0.5) == {"ffn.0": 60, "ffn.1": 40}
+
+
+def test_a_group_that_saves_nothing_is_left_alone() -> None:
+    costs = Costs([0.0, 1.0], [20, 20])
+    _, _, items = problem(0, costs)
+    counts = knapsack(items, costs, "macs", 0.5)
+    assert counts == {"ffn.0": 20, "ffn.1": 10}
+
+
+def test_an_impossible_budget_is_an_error_that_names_what_is_possible() -> None:
+    costs = Costs([1.0, 1.0], [10, 10], fixed=20.0)
+    _, _, items = problem(0, costs)
+    counts = knapsack(items, costs, "macs", 18 / 40)
+    assert counts == {"ffn.0": 1, "ffn.1": 1}
+    with pytest.raises(PlanError, match=r"at most 45\.0% of the macs, 50\.0% were asked"):
+        knapsack(items, costs, "macs", 0.5)
+    with pytest.raises(PlanError, match="params"):
+        knapsack(items, costs, "params", 0.5)
+
+
+@dataclass
+class Curves:
+    """Stands in for a Selector: entries are the counts themselves."""
+
+    curves: dict[str, np.ndarray | None]
+
+    def curve(self, one: Group) -> np.ndarray | None:
+        return self.curves[one.id]
+
+    def entries(self, counts: Mapping[str, int]) -> dict[str, int]:
+        return dict(counts)
+
+
+def run(
+    groups: Sequence[Group], costs: Costs, curves: Sequence[np.ndarray], loss: Any, share: float
+) -> tuple[Allocation, list[dict[str, int]]]:
+    asked: list[dict[str, int]] = []
+    done: list[tuple[int, int]] = []
+
+    def measured(entries: dict[str, int]) -> float:
+        asked.append(entries)
+        return loss(entries)
+
+    selector: Any = Curves({one.id: curve for one, curve in zip(groups, curves, strict=True)})
+    cost: Any = costs
+    found = allocate(groups, cost, share, "macs", 1, selector, measured, lambda *at: done.append(at))  # type: ignore[arg-type]
+    assert [at[0] for at in done] == list(range(1, len(asked) + 1)) and all(at[0] <= at[1] for at in done)
+    assert len({at[1] for at in done}) == 1
+    return found, asked
+
+
+KINDS = ("qk", "v", "ffn", "qk", "v", "ffn")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("seed", range(8))
+def test_refining_never_ends_with_a_greater_loss_than_it_began(seed: int, share: float) -> None:
+    rng = np.random.default_rng(100 + seed)
+    costs = Costs([3.0, 2.0, 1.0, 3.0, 2.0, 1.0], [16, 16, 48, 16, 16, 48], fixed=20.0)
+    groups, curves, _ = problem(seed, costs, kinds=KINDS)
+    weights, cross = rng.exponential(size=6), rng.exponential(size=(6, 6))
+
+    def loss(counts: Mapping[str, int]) -> float:  # groups that make each other worse, or only look expensive
+        parts = np.zeros(6)
+        for name, kept in counts.items():
+            atom = int(name.split(".")[1])
+            parts[atom] = weights[atom] * curves[atom][kept] ** rng_power[atom]
+        return float(parts.sum() + parts @ cross @ parts / 10)
+
+    rng_power = rng.uniform(0.5, 1.5, 6)
+    found, asked = run(groups, costs, curves, loss, share)
+    assert found.loss <= found.start
+    assert found.loss == loss(found.counts)
+    assert found.start == loss(asked[6])  # after one measurement per group
+    assert found.loss <= min(loss(counts) for counts in asked[6:])
+    assert 1 - spent(costs, found.counts) / costs.total("macs") == pytest.approx(share, rel=0.02)
+    for one in groups:
+        kept = round(one.size * (1 - REMOVED))
+        assert asked[int(one.id.split(".")[1])] == {one.id: kept}
+        assert found.sensitivity[one.id] == loss({one.id: kept})
+    assert found.balance.keys() == {"qk", "v", "ffn"} and found.balance["qk"] == 1.0
+
+
+def test_refining_helps_where_kinds_add_up_unlike_single_groups() -> None:
+    costs = Costs([1.0] * 6, [32] * 6)
+    groups, _, _ = problem(0, costs, kinds=KINDS)
+    curves = [(1 - np.arange(33) / 32) ** 2 for _ in groups]
+
+    def loss(counts: Mapping[str, int]) -> float:  # cuts of ffn widths make each other worse
+        parts = {name: curves[0][kept] for name, kept in counts.items()}
+        ffn = [value for name, value in parts.items() if name.startswith("ffn")]
+        return float(sum(parts.values()) + 50 * np.prod(ffn) * (len(ffn) == 2))
+
+    found, _ = run(groups, costs, curves, loss, 0.3)
+    assert found.loss < 0.95 * found.start and found.balance["ffn"] > 1
+    assert min(found.counts[name] for name in ("ffn.2", "ffn.5")) > max(found.counts[name] for name in ("v.1", "qk.0"))
+
+
+def test_where_single_losses_add_up_the_knapsack_is_the_answer() -> None:
+    costs = Costs([2.0] * 3, [10, 8, 12])
+    groups, curves, _ = problem(4, costs, kinds=("qk", "v", "ffn"))
+
+    def loss(counts: Mapping[str, int]) -> float:
+        return lost(curves, counts)
+
+    found, _ = run(groups, costs, curves, loss, 0.4)
+    assert found.loss == pytest.approx(brute(curves, costs, spent(costs, found.counts)))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-7])
+def test_a_group_with_idle_neurons_is_not_taken_for_one_that_does_not_matter(floor: float) -> None:
+    """Half of one group is idle, so a measurement with 40 % gone shows nothing; the other half is dear."""
+    costs = Costs([1.0, 1.0], [100, 100])
+    groups = [group(0, 100, "qk"), group(1, 100, "ffn")]
+    curves = [np.maximum(50.0 - np.arange(101), 0) + floor * np.arange(100, -1, -1), 100.0 - np.arange(101)]
+
+    def loss(counts: Mapping[str, int]) -> float:
+        idle = np.maximum(50.0 - counts.get("qk.0", 100), 0) * 100
+        return float(idle + 0.01 * (100 - counts.get("ffn.1", 100)))
+
+    found, _ = run(groups, costs, curves, loss, 0.4)
+    assert found.counts["qk.0"] == pytest.approx(50, abs=1) and found.counts["ffn.1"] == pytest.approx(70, abs=1)
+    found, _ = run(groups, costs, curves, loss, 0.2)
+    assert found.counts["ffn.1"] == 100
+
+
+def test_a_group_that_shows_no_loss_at_all_is_cut_first() -> None:
+    costs = Costs([1.0, 1.0], [100, 100])
+    groups, curves, _ = problem(0, costs, kinds=("qk", "ffn"))
+    found, _ = run(groups, costs, curves, lambda counts: float(100 - counts.get("qk.0", 100)), 0.3)
+    assert found.counts == {"qk.0": 100, "ffn.1": 40} and found.loss == 0
+
+
+def test_one_kind_and_groups_of_one_or_two_neurons_are_no_special_case() -> None:
+    costs = Costs([1.0, 1.0, 1.0], [1, 2, 50])
+    groups, curves, _ = problem(0, costs)
+    found, asked = run(groups, costs, curves, lambda counts: lost(curves, counts), 0.5)
+    assert spent(costs, found.counts) == pytest.approx(26.5, abs=0.5) and found.counts["ffn.0"] == 1
+    assert len(asked) == 4 and found.balance == {"ffn": 1.0}
+    with pytest.raises(PlanError, match="at most"):
+        run(groups, costs, curves, lambda counts: lost(curves, counts), 0.99)
+
+
+@pytest.mark.parametrize("what", ["macs", "params"])
+def test_on_a_transformer_it_meets_the_budget_and_is_no_worse_than_one_ratio(what: str) -> None:
+    model = graphs.transformer(heads=4, qk=8, v=8, width=32, ffn=64, tokens=6)
+    analysis = analyse_model(model)
+    groups = [one for one in analysis.structure.groups if one.kind in ("qk", "v", "ffn")]
+    needed = requirements(analysis, groups, "full", "snp", planned=False)
+    data = [Batch(graphs.inputs_for(model, 8, seed), None, 8) for seed in range(8)]
+    deps, sites = analysis.dependencies, analysis.structure.sites
+    statistics = collect(
+        analysis.graph, deps, sites, (), needed.tensors, data[:6], pair_groups=needed.rotated, threads=1
+    )
+    reconstruction = Reconstruction(analysis, statistics, "full")
+    selector = Selector(analysis, statistics, reconstruction, "snp")
+    loss = Loss(analysis, reconstruction, data[6:], threads=1)
+    found = allocate(groups, analysis.cost, 0.3, what, 1, selector, loss)
+    assert allocation.off_target(found.counts, analysis.groups, analysis.cost, 0.3, what) == ""
+    assert found.loss == pytest.approx(loss(selector.entries(found.counts))) and found.loss <= found.start
+    plain = allocation.to_cost(groups, analysis.cost, 0.3, what)
+    assert found.loss < loss(selector.entries(plain))
