@@ -120,7 +120,15 @@ def prune(
             rich_help_panel=_INPUT,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples to use.", min=1, rich_help_panel=_INPUT)] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration samples to fit on; up to 48 more are held back to tune and judge. Default 256; 64 with "
+            "--compensation none.",
+            min=1,
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
     preprocess: PreprocessOption = None,
     eval_data: Annotated[
         Path | None,
@@ -132,8 +140,9 @@ def prune(
     allocation: Annotated[
         str,
         typer.Option(
-            help="auto: one ratio that removes the asked share of the cost. uniform: the same share of every group's "
-            "neurons. FILE or FILE:ENTRY: ratios per block and kind.",
+            help="auto: the widths that lose least for the asked share of the cost (with full compensation; else one "
+            "ratio that meets it). uniform: the same share of every group's neurons. FILE or FILE:ENTRY: ratios per "
+            "block and kind.",
             rich_help_panel=_METHOD,
         ),
     ] = "auto",

@@ -25,45 +25,22 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, save, whole_file
+from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
-from onnxsnp.planning.selection import COMPENSATIONS, Selector, requirements
+from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.runtime import InputSpec
-from onnxsnp.scoring.criteria import CRITERIA
 from onnxsnp.surgery.apply import Applied, apply, to_model
 from onnxsnp.verbs import choose_preprocess, class_names
 
-DEFAULT_SAMPLES = 64  # as many images as the paper uses
-_HELD_BACK = 32  # samples the fit does not see: so many to measure sensitivities on, and as many to judge the result
+_TUNING = 16  # samples the fit does not see, for measuring sensitivities
+_JUDGING = 32  # samples neither fit nor allocation sees, for judging the result
 _BATCH = 8
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Options:
-    """How to prune; the fields mirror the command line (see `onnxsnp prune --help`)."""
-
-    ratio: float | None = None
-    allocation: str = "auto"
-    of: str = "macs"
-    scope: str | Sequence[str] | None = None
-    compensation: str = "full"
-    criterion: str = "snp"
-    rank: int | None = None
-    calibration: Any = None
-    samples: int = DEFAULT_SAMPLES
-    preprocess: str | Preprocess | None = None
-    eval_data: Any = None
-    multiple_of: int = 1
-    plan: str | Path | Plan | None = None
-    threads: int | None = None
-    provider: str = "cpu"
-    seed: int = 0
-    input_shapes: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass
@@ -123,26 +100,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.allocation: dict[str, Any] | None = None
-        self._check_options()
-
-    def _check_options(self) -> None:
-        options = self.options
-        if options.criterion not in CRITERIA:
-            raise allocating.unknown("criterion", options.criterion, CRITERIA)
-        if options.compensation not in COMPENSATIONS:
-            raise allocating.unknown("compensation", options.compensation, COMPENSATIONS)
-        if options.of not in ("macs", "params"):
-            raise allocating.unknown("cost", options.of, ("macs", "params"))
-        if options.provider not in ("cpu", "cuda"):
-            raise allocating.unknown("provider", options.provider, ("cpu", "cuda"))
-        if options.multiple_of < 1:
-            raise PlanError(f"--multiple-of must be 1 or more, got {options.multiple_of}")
-        if options.samples < 1:
-            raise PlanError(f"samples must be 1 or more, got {options.samples}")
-        if options.ratio is not None:
-            allocating.check_ratio(options.ratio)
-        elif options.plan is None and options.allocation in ("auto", "uniform"):
-            raise PlanError("no ratio was given", hint="say how much to remove, for example --ratio 0.3")
+        options.check()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -162,9 +120,9 @@ class _Run:
         data = self._data(analysis)
         statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
-        held = rest[len(rest) // 2 :] if plan is None and counts is None else rest
+        third = len(rest) * _TUNING // (_TUNING + _JUDGING)
+        unseen, held = (rest[:third], rest[third:]) if plan is None and counts is None else ([], rest)
         if plan is None:
-            unseen = rest[: len(rest) // 2]
             plan = self._make_plan(analysis, counts, statistics, reconstruction, unseen, mark)
         if not plan.settings:
             plan = replace(plan, settings=self._settings(data))
@@ -296,7 +254,7 @@ class _Run:
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.samples + 2 * _HELD_BACK,
+            samples=options.fit_samples + _TUNING + _JUDGING,
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
@@ -331,7 +289,7 @@ class _Run:
         options = self.options
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         total = data.samples
-        seen = min(options.samples, total - min(2 * _HELD_BACK, total // 4))
+        seen = min(options.fit_samples, total - min(_TUNING + _JUDGING, total // 4))
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)
@@ -380,7 +338,7 @@ class _Run:
             "criterion": options.criterion,
             "compensation": options.compensation,
             "rank": options.rank,
-            "samples": options.samples,
+            "samples": options.fit_samples,
             "calibration": data.description,
             "multiple_of": options.multiple_of,
             "seed": options.seed,

@@ -14,8 +14,8 @@ from onnx import NodeProto
 
 from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.facts import Product
 from onnxsnp.graph.ir import Graph
-from onnxsnp.graph.rules import Product
 
 _TRANSPARENT = {
     "Add",

@@ -13,8 +13,9 @@ from itertools import pairwise
 import networkx as nx
 
 from onnxsnp.graph.axes import Axis, Factors, solve
+from onnxsnp.graph.facts import Facts, Freeze
 from onnxsnp.graph.ir import Graph
-from onnxsnp.graph.rules import Facts, Freeze, gather_facts
+from onnxsnp.graph.rules import gather_facts
 
 Place = tuple[str, int, int]  # (tensor, axis, position of the factor inside the axis)
 

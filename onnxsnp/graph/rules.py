@@ -8,118 +8,15 @@ every axis it touches, so an unknown operator can cost pruning but never correct
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import NodeProto
 
-from onnxsnp.graph.axes import Axis, Tie
+from onnxsnp.graph import products
+from onnxsnp.graph.facts import Facts, Role, Select, axes_of
 from onnxsnp.graph.ir import attribute, subgraph_reads
 
-
-@dataclass(frozen=True)
-class Freeze:
-    """`axis` must keep its size and order, because of `reason` at `node`."""
-
-    axis: Axis
-    reason: str
-    node: str
-
-
-@dataclass(frozen=True)
-class Role:
-    """A weight axis that an operator emits ('producer') or contracts ('consumer')."""
-
-    kind: str
-    axis: Axis
-    node: str
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix product of two activations: `left` [.., rows, k] times `right` [.., k, columns]."""
-
-    node: str
-    left: Axis
-    right: Axis
-    rows: Axis
-    columns: Axis
-    output: str
-
-
-@dataclass(frozen=True)
-class Select:
-    """`output` is `source` restricted to indices [start, stop) of `axis`; `drops_axis` if that axis is then gone."""
-
-    node: str
-    source: str
-    axis: int
-    output: str
-    start: int
-    stop: int
-    drops_axis: bool = False
-
-
-@dataclass
-class Facts:
-    """Everything the rules said about a graph.
-
-    `joins` are the operand tuples of additions of activations; `statistics` the axes normalisations run over; `virtual`
-    the sizes of axes that exist only inside an operator (the heads of a 3-D Attention operand).
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    weights: Mapping[str, np.ndarray]
-    opset: int
-    ties: list[Tie] = field(default_factory=list)
-    freezes: list[Freeze] = field(default_factory=list)
-    roles: list[Role] = field(default_factory=list)
-    products: list[Product] = field(default_factory=list)
-    selects: list[Select] = field(default_factory=list)
-    statistics: list[Role] = field(default_factory=list)
-    joins: list[tuple[str, ...]] = field(default_factory=list)
-    virtual: dict[Axis, int] = field(default_factory=dict)
-    node: str = ""
-
-    def rank(self, name: str) -> int:
-        return len(self.shapes[name])
-
-    def value(self, name: str) -> np.ndarray | None:
-        """A weight's values, None for an activation or an omitted input."""
-        return self.weights.get(name)
-
-    def size(self, axis: Axis) -> int:
-        return self.virtual[axis] if axis in self.virtual else self.shapes[axis[0]][axis[1]]
-
-    def same(self, left: Axis, right: Axis) -> None:
-        """Tie two axes."""
-        self.ties.append(Tie((left,), (right,), self.node))
-
-    def regroup(self, left: Sequence[Axis], right: Sequence[Axis]) -> None:
-        """Tie two row-major products of axes."""
-        self.ties.append(Tie(tuple(left), tuple(right), self.node))
-
-    def freeze(self, axis: Axis, reason: str) -> None:
-        self.freezes.append(Freeze(axis, reason, self.node))
-
-    def freeze_all(self, names: Sequence[str], reason: str) -> None:
-        for name in names:
-            if name and name in self.shapes:
-                for axis in axes_of(self, name):
-                    self.freeze(axis, reason)
-
-    def linear(self, weight: str, contracted: int, kept: int) -> None:
-        """Record a weight matrix's two sides."""
-        self.roles.append(Role("consumer", (weight, contracted), self.node))
-        self.roles.append(Role("producer", (weight, kept), self.node))
-
-
 Rule = Callable[[NodeProto, Facts], None]
-
-
-def axes_of(facts: Facts, name: str) -> list[Axis]:
-    """All axes of a tensor."""
-    return [(name, index) for index in range(facts.rank(name))]
 
 
 def gather_facts(
@@ -158,7 +55,6 @@ def _elementwise(node: NodeProto, facts: Facts) -> None:
         for index in range(facts.rank(name)):
             if facts.shapes[name][index] == facts.shapes[output][index + shift]:
                 facts.same((name, index), (output, index + shift))
-            # else the axis has size 1 and is repeated: nothing to tie
 
 
 def _add(node: NodeProto, facts: Facts) -> None:
@@ -177,136 +73,6 @@ def _unary(node: NodeProto, facts: Facts) -> None:
     """Acts on the first input entry by entry; other inputs are scalars or, for CastLike, only a type."""
     _same_axes(facts, node.input[0], node.output[0])
     facts.freeze_all(node.output[1:], f"second output of {node.op_type}")
-
-
-def _matmul(node: NodeProto, facts: Facts) -> None:
-    left, right, output = node.input[0], node.input[1], node.output[0]
-    a, b = facts.rank(left), facts.rank(right)
-    inner_left, inner_right = (left, a - 1), (right, max(b - 2, 0))
-    facts.same(inner_left, inner_right)
-    out = facts.rank(output)
-    if a > 1:
-        facts.same((left, a - 2), (output, out - (2 if b > 1 else 1)))
-    if b > 1:
-        facts.same((right, b - 1), (output, out - 1))
-    for name, rank in ((left, a), (right, b)):
-        for index in range(rank - 2):
-            target = out - rank + index
-            if facts.shapes[name][index] == facts.shapes[output][target]:
-                facts.same((name, index), (output, target))
-    _multiply(
-        facts,
-        left,
-        right,
-        inner_left,
-        inner_right,
-        (left, a - 2) if a > 1 else None,
-        (right, b - 1) if b > 1 else None,
-        output,
-    )
-
-
-def _multiply(
-    facts: Facts,
-    left: str,
-    right: str,
-    inner_left: Axis,
-    inner_right: Axis,
-    rows: Axis | None,
-    columns: Axis | None,
-    output: str,
-) -> None:
-    """Record what a matrix product is: a projection by a weight, or a product of two activations."""
-    for name, inner, kept in ((right, inner_right, columns), (left, inner_left, rows)):
-        if name in facts.weights:
-            if kept is not None:
-                facts.linear(name, inner[1], kept[1])
-            else:
-                facts.roles.append(Role("consumer", inner, facts.node))
-            return
-    if rows is not None and columns is not None:
-        facts.products.append(Product(facts.node, inner_left, inner_right, rows, columns, output))
-
-
-def _gemm(node: NodeProto, facts: Facts) -> None:
-    left, right, output = node.input[0], node.input[1], node.output[0]
-    trans_a, trans_b = attribute(node, "transA", 0), attribute(node, "transB", 0)
-    rows, inner_left = ((left, 1), (left, 0)) if trans_a else ((left, 0), (left, 1))
-    inner_right, columns = ((right, 1), (right, 0)) if trans_b else ((right, 0), (right, 1))
-    facts.same(inner_left, inner_right)
-    facts.same(rows, (output, 0))
-    facts.same(columns, (output, 1))
-    _multiply(facts, left, right, inner_left, inner_right, rows, columns, output)
-    if len(node.input) > 2 and node.input[2]:
-        bias = node.input[2]
-        shift = 2 - facts.rank(bias)
-        for index in range(facts.rank(bias)):
-            if facts.shapes[bias][index] == facts.shapes[output][index + shift]:
-                facts.same((bias, index), (output, index + shift))
-
-
-def _einsum(node: NodeProto, facts: Facts) -> None:
-    equation = attribute(node, "equation", b"").decode().replace(" ", "")
-    names = [*node.input, *node.output]
-    if (
-        "->" not in equation
-        or "." in equation
-        or any(len(set(term)) != len(term) for term in equation.replace("->", ",").split(","))
-    ):
-        facts.freeze_all(names, f"einsum '{equation}' is not a plain product")
-        return
-    terms = equation.replace("->", ",").split(",")
-    places: dict[str, list[Axis]] = {}
-    for name, term in zip(names, terms, strict=True):
-        for index, letter in enumerate(term):
-            places.setdefault(letter, []).append((name, index))
-    for axes in places.values():
-        for axis in axes[1:]:
-            if facts.size(axes[0]) == facts.size(axis):
-                facts.same(axes[0], axis)
-    result = terms[-1]
-    inner = [letter for letter in places if letter not in result]
-    if len(terms) != 3 or len(inner) != 1 or any(inner[0] not in term for term in terms[:2]):
-        for letter in inner:
-            facts.freeze(places[letter][0], f"summed over in einsum '{equation}'")
-        return
-    left, right = node.input
-    own = [
-        [letter for letter in term if letter not in other]
-        for term, other in ((terms[0], terms[1]), (terms[1], terms[0]))
-    ]
-    at = {name: term.index for name, term in zip(names[:2], terms[:2], strict=True)}
-    _multiply(
-        facts,
-        left,
-        right,
-        (left, at[left](inner[0])),
-        (right, at[right](inner[0])),
-        (left, at[left](own[0][0])) if own[0] else None,
-        (right, at[right](own[1][0])) if own[1] else None,
-        node.output[0],
-    )
-
-
-def _conv(node: NodeProto, facts: Facts) -> None:
-    data, weight, output = node.input[0], node.input[1], node.output[0]
-    group = attribute(node, "group", 1)
-    facts.same((data, 0), (output, 0))
-    for index in range(2, facts.rank(data)):
-        facts.freeze((data, index), "spatial axis of a convolution")
-    if weight not in facts.weights:
-        facts.freeze_all([data, weight, output], "convolution with a computed kernel")
-    elif group == 1:
-        facts.same((data, 1), (weight, 1))
-        facts.linear(weight, 1, 0)
-    elif group == facts.shapes[data][1] == facts.shapes[weight][0]:
-        facts.same((data, 1), (weight, 0))
-    else:
-        facts.freeze((data, 1), f"input of a convolution in {group} groups")
-        facts.freeze((weight, 0), f"output of a convolution in {group} groups")
-    facts.same((weight, 0), (output, 1))
-    if len(node.input) > 2 and node.input[2]:
-        facts.same((node.input[2], 0), (output, 1))
 
 
 def _pool(node: NodeProto, facts: Facts) -> None:
@@ -509,58 +275,6 @@ def _concat(node: NodeProto, facts: Facts) -> None:
     facts.freeze((output, axis), "joined by Concat")
 
 
-def _attention(node: NodeProto, facts: Facts) -> None:
-    """ONNX Attention (opset 23): 4-D [B, H, S, d], or 3-D [B, S, H·d] with the head counts as attributes."""
-    names = [name for name in [*node.input, *node.output] if name]
-    if len([name for name in node.input[4:] if name]) or len([name for name in node.output[1:] if name]):
-        facts.freeze_all(names, "Attention with a key/value cache or extra outputs")
-        return
-    heads_q, heads_kv = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
-    q, k, v, y = (
-        _heads_apart(facts, name, heads, node.name)
-        for name, heads in (
-            (node.input[0], heads_q),
-            (node.input[1], heads_kv),
-            (node.input[2], heads_kv),
-            (node.output[0], heads_q),
-        )
-    )
-    facts.same(q[3], k[3])
-    facts.same(v[3], y[3])
-    facts.same(k[2], v[2])
-    facts.same(q[2], y[2])
-    facts.same(k[1], v[1])
-    facts.same(q[1], y[1])
-    for tensor in (k, v, y):
-        facts.same(q[0], tensor[0])
-    if facts.size(q[1]) == facts.size(k[1]):
-        facts.same(q[1], k[1])
-    else:
-        facts.freeze(q[1], "query heads share key heads")
-        facts.freeze(k[1], "query heads share key heads")
-    facts.freeze(k[2], "softmax runs over it")
-    if len(node.input) > 3 and node.input[3]:
-        mask, target = node.input[3], (q[0], q[1], q[2], k[2])
-        for index in range(facts.rank(mask)):
-            facing = target[4 - facts.rank(mask) + index]
-            if facts.size((mask, index)) == facts.size(facing):
-                facts.same((mask, index), facing)
-    facts.products.append(Product(node.name, q[3], k[3], q[2], k[2], ""))
-    facts.products.append(Product(node.name, k[2], v[2], q[2], v[3], node.output[0]))
-
-
-def _heads_apart(facts: Facts, name: str, heads: int | None, node: str) -> tuple[Axis, Axis, Axis, Axis]:
-    """Axes (batch, heads, tokens, head size) of an Attention operand, whichever of the two layouts it has."""
-    if facts.rank(name) == 4:
-        return (name, 0), (name, 1), (name, 2), (name, 3)
-    count = int(heads or 1)
-    head, size = (f"{node}|{name}", 0), (f"{node}|{name}", 1)
-    facts.virtual[head] = count
-    facts.virtual[size] = facts.shapes[name][2] // count
-    facts.regroup([(name, 2)], [head, size])
-    return (name, 0), head, (name, 1), size
-
-
 def _reads_sizes(node: NodeProto, facts: Facts) -> None:
     """Shape reads sizes, not indices; sizes that matter have been folded to constants before."""
 
@@ -607,6 +321,8 @@ _UNARY = [
     "Tanh",
     "ThresholdedRelu",
 ]
+
+
 _BINARY = [
     "And",
     "Div",
@@ -627,6 +343,7 @@ _BINARY = [
     "Where",
     "Xor",
 ]
+
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY, _unary),
@@ -651,16 +368,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Shape", "Size"), _reads_sizes),
     **dict.fromkeys(("ConstantOfShape", "Range"), _made_at_run_time),
-    "Attention": _attention,
+    "Attention": products.attention,
     "BatchNormalization": _batch_norm,
     "Concat": _concat,
-    "Conv": _conv,
-    "Einsum": _einsum,
+    "Conv": products.conv,
+    "Einsum": products.einsum,
     "Expand": _expand,
     "Gather": _gather,
-    "Gemm": _gemm,
+    "Gemm": products.gemm,
     "LayerNormalization": _layer_norm,
-    "MatMul": _matmul,
+    "MatMul": products.matmul,
     "Slice": _slice,
     "Split": _split,
     "Transpose": _transpose,

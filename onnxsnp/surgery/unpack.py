@@ -15,9 +15,9 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from onnxsnp.graph.dependency import Dependencies, analyse
+from onnxsnp.graph.facts import Select
 from onnxsnp.graph.ir import Graph, Namer, Part
 from onnxsnp.graph.normalize import Normalized, unshare
-from onnxsnp.graph.rules import Select
 from onnxsnp.surgery.rewrite import Cut, cut_array, fix_sizes, new_size, weight_axes
 from onnxsnp.surgery.tidy import tidy
 

@@ -9,7 +9,8 @@ import pytest
 from onnx import helper
 
 from onnxsnp.graph.axes import Axis, Factors, solve
-from onnxsnp.graph.rules import RULES, Facts, gather_facts
+from onnxsnp.graph.facts import Facts
+from onnxsnp.graph.rules import RULES, gather_facts
 
 
 def said(

@@ -1,0 +1,69 @@
+"""The options of a pruning run; the fields mirror the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxsnp.calibration.preprocess import Preprocess
+from onnxsnp.errors import PlanError
+from onnxsnp.planning.allocation import check_ratio, unknown
+from onnxsnp.planning.plan import Plan
+from onnxsnp.planning.selection import COMPENSATIONS
+from onnxsnp.scoring.criteria import CRITERIA
+
+PAPER_SAMPLES = 64
+DEFAULT_SAMPLES = 256
+
+
+@dataclass
+class Options:
+    """How to prune; the fields mirror the command line (see `onnxsnp prune --help`)."""
+
+    ratio: float | None = None
+    allocation: str = "auto"
+    of: str = "macs"
+    scope: str | Sequence[str] | None = None
+    compensation: str = "full"
+    criterion: str = "snp"
+    rank: int | None = None
+    calibration: Any = None
+    samples: int | None = None
+    preprocess: str | Preprocess | None = None
+    eval_data: Any = None
+    multiple_of: int = 1
+    plan: str | Path | Plan | None = None
+    threads: int | None = None
+    provider: str = "cpu"
+    seed: int = 0
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+
+    @property
+    def fit_samples(self) -> int:
+        """Calibration samples to fit on: as many as the paper uses, or what the closed forms need."""
+        return self.samples or (PAPER_SAMPLES if self.compensation == "none" else DEFAULT_SAMPLES)
+
+    def check(self) -> None:
+        """Refuse what can be refused without looking at the model.
+
+        Raises:
+            PlanError: an unknown name, or a number out of range.
+        """
+        if self.criterion not in CRITERIA:
+            raise unknown("criterion", self.criterion, CRITERIA)
+        if self.compensation not in COMPENSATIONS:
+            raise unknown("compensation", self.compensation, COMPENSATIONS)
+        if self.of not in ("macs", "params"):
+            raise unknown("cost", self.of, ("macs", "params"))
+        if self.provider not in ("cpu", "cuda"):
+            raise unknown("provider", self.provider, ("cpu", "cuda"))
+        if self.multiple_of < 1:
+            raise PlanError(f"--multiple-of must be 1 or more, got {self.multiple_of}")
+        if self.samples is not None and self.samples < 1:
+            raise PlanError(f"samples must be 1 or more, got {self.samples}")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        elif self.plan is None and self.allocation in ("auto", "uniform"):
+            raise PlanError("no ratio was given", hint="say how much to remove, for example --ratio 0.3")
