@@ -117,11 +117,12 @@ class _Run:
         counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
-        data = self._data(analysis)
+        tuned = plan is None and counts is None
+        data = self._data(analysis, tuned=tuned)
         statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
-        third = len(rest) * _TUNING // (_TUNING + _JUDGING)
-        unseen, held = (rest[:third], rest[third:]) if plan is None and counts is None else ([], rest)
+        third = len(rest) * _TUNING // (_TUNING + _JUDGING) if tuned else 0
+        unseen, held = rest[:third], rest[third:]
         if plan is None:
             plan = self._make_plan(analysis, counts, statistics, reconstruction, unseen, mark)
         if not plan.settings:
@@ -248,13 +249,13 @@ class _Run:
         }
         return found.counts
 
-    def _data(self, analysis: Analysis) -> Dataset:
+    def _data(self, analysis: Analysis, *, tuned: bool) -> Dataset:
         options = self.options
         specs = graph_inputs(analysis.graph, options.input_shapes)
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.fit_samples + _TUNING + _JUDGING,
+            samples=options.fit_samples + _JUDGING + (_TUNING if tuned else 0),
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
