@@ -16,7 +16,7 @@ from onnxsnp.graph.dependency import Dependencies, analyse
 from onnxsnp.graph.groups import Group, Structure, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear, find_linears
-from onnxsnp.graph.normalize import Normalized, normalize
+from onnxsnp.graph.normalize import Normalized, as_graph, normalize
 from onnxsnp.model import Model
 from onnxsnp.reconstruction.full import Rotations, find_rotations
 from onnxsnp.surgery.unpack import unpack
@@ -58,6 +58,11 @@ class Analysis:
     def linears(self) -> dict[str, Linear]:
         """Projections by the name of their weight."""
         return find_linears(self.graph, self.dependencies)
+
+    @cached_property
+    def original(self) -> Graph:
+        """The model as it was read, for comparison."""
+        return as_graph(self.model)
 
     @cached_property
     def rotations(self) -> Rotations:

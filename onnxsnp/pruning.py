@@ -23,7 +23,6 @@ from onnxsnp.evaluation.accuracy import agreement, evaluate_models
 from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
-from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, save, whole_file
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
@@ -37,7 +36,7 @@ from onnxsnp.surgery.apply import Applied, apply, to_model
 from onnxsnp.verbs import choose_preprocess, class_names
 
 _TUNING = 16  # samples the fit does not see, for measuring sensitivities
-_JUDGING = 32  # samples neither fit nor allocation sees, for judging the result
+_JUDGING = 32  # samples neither fit nor allocation sees, for judging the result; half as many where nothing is fitted
 _BATCH = 8
 
 Progress = Callable[[str, int, int], None]
@@ -171,6 +170,10 @@ class _Run:
     def _from_file(self) -> bool:
         return self.options.allocation not in ("auto", "uniform")
 
+    @property
+    def _judging(self) -> int:
+        return _JUDGING // (2 if self.options.compensation == "none" else 1)
+
     def _automatic(self, analysis: Analysis) -> bool:
         """Whether widths are found from error curves; these exist with full compensation, for attention and FFN."""
         options = self.options
@@ -255,7 +258,7 @@ class _Run:
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.fit_samples + _JUDGING + (_TUNING if tuned else 0),
+            samples=options.fit_samples + self._judging + (_TUNING if tuned else 0),
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
@@ -290,7 +293,7 @@ class _Run:
         options = self.options
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         total = data.samples
-        seen = min(options.fit_samples, total - min(_TUNING + _JUDGING, total // 4))
+        seen = min(options.fit_samples, total - min(_TUNING + self._judging, total // 4))
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)
@@ -325,7 +328,8 @@ class _Run:
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):
-            proof = prove(analysis, applied, _feeds(analysis.graph, sample), self.options.threads)
+            feeds = _feeds(analysis.graph, sample)
+            proof = prove(analysis, applied, feeds, self.options.threads, self.options.provider)
         return applied, proof
 
     def _settings(self, data: Dataset) -> dict[str, Any]:
@@ -381,9 +385,7 @@ class _Run:
         if not held and self.options.eval_data is None:
             return
         options = self.options
-        sessions = [
-            one.session(threads=options.threads, provider=options.provider) for one in (as_graph(analysis.model), graph)
-        ]
+        sessions = [one.opened(options.threads, options.provider) for one in (analysis.original, graph)]
         if held:
             with self.stage("compare"):
                 record["agreement"] = agreement(sessions[0], sessions[1], held)
@@ -406,10 +408,11 @@ class _Run:
         with self.stage("write"):
             check = None
             if graph is not None:
-                session = graph.session(threads=self.options.threads)
+                session = graph.opened(self.options.threads, self.options.provider)
                 expected = [session.run(None, feed) for feed in feeds]
                 check = partial(check_file, expected, feeds, tolerance(graph.weights))
                 del session
+                graph.close()
                 build = partial(to_model, graph, consume=True)
             record["output"] = str(output)
             record["after"]["bytes"] = save(build(), output, check)

@@ -8,12 +8,14 @@ float64, so passes over parts of the data can be added.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.data import Batch
 from onnxsnp.errors import DataError
 from onnxsnp.graph.attention import Site
@@ -130,11 +132,13 @@ def collect(
     session = builder.session(threads, provider)
     for batch in batches:
         values = dict(zip(builder.outputs, session.run(builder.outputs, batch.inputs), strict=True))
-        for group, query, key in pairs:
-            if group.id in scored:
-                scores = _score(group, dependencies, values, query, key, rank, threads)
+        ranked = [pair for pair in pairs if pair[0].id in scored]
+        with single_threaded(), ThreadPoolExecutor(max_workers=threads or available_cores()) as pool:
+            jobs = [pool.submit(_score, group, dependencies, values, query, key, rank) for group, query, key in ranked]
+            for (group, _, _), job in zip(ranked, jobs, strict=True):
                 held = result.qk.get(group.id)
-                result.qk[group.id] = scores if held is None else held + scores
+                result.qk[group.id] = job.result() if held is None else held + job.result()
+        for group, query, key in pairs:
             if group.id in measured:
                 _add_pairs(result.pairs, group, dependencies, values, query, key)
         for name, (second, total, size) in wanted.items():
@@ -165,7 +169,6 @@ def _score(
     query: _Operand,
     key: _Operand,
     rank: int | None,
-    threads: int | None,
 ) -> np.ndarray:
     """SNP scores of one batch: [heads, size]."""
     return qk_scores(
@@ -174,7 +177,7 @@ def _score(
         int(values[query.tokens]),
         int(values[key.tokens]),
         rank=rank,
-        threads=threads,
+        threads=1,
     )
 
 

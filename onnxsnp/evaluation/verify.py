@@ -8,8 +8,9 @@ the comparison exact there too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,7 @@ from onnx import NodeProto, helper
 
 from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
-from onnxsnp.graph.ir import Graph, Namer, Part, attribute
-from onnxsnp.graph.normalize import as_graph
+from onnxsnp.graph.ir import Graph, Namer, Part, SharedSession, attribute
 from onnxsnp.runtime import open_session, run_session
 from onnxsnp.surgery.rewrite import Cut, mask_array, touched, weight_axes
 
@@ -168,9 +168,15 @@ def _norm_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer
 
 
 def prove(
-    analysis: Analysis, applied: Applied, feeds: Sequence[Mapping[str, np.ndarray]], threads: int | None = None
+    analysis: Analysis,
+    applied: Applied,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    threads: int | None = None,
+    provider: str = "cpu",
 ) -> Verification:
     """Check a cut graph: it is valid, the normalised form equals the original, and it equals the masked original.
+
+    References run exactly as written; original and cut model as users run them, with onnxruntime's optimisations.
 
     Args:
         feeds: model inputs to compare outputs on.
@@ -183,14 +189,14 @@ def prove(
     limit = tolerance(analysis.graph.weights)
     checks = check_graph(applied.graph)
     base = analysis.normalized.base
-    gap = difference(as_graph(analysis.model), base, feeds, threads)
+    gap = _gap(partial(analysis.original.opened, threads, provider), _as_written(base, threads), feeds)
     if gap > limit:
         raise VerificationError(
             f"the normalised model differs from the original by {gap:.1e} of the output",
             hint="please report this model; nothing was written",
         )
     expected = masked(base, analysis.graph, analysis.dependencies, applied.cuts, applied.updates)
-    error = difference(expected, applied.graph, feeds, threads)
+    error = _gap(_as_written(expected, threads), partial(applied.graph.opened, threads, provider), feeds)
     if error > limit:
         raise VerificationError(
             f"the cut model differs from the masked original by {error:.1e} of the output",
@@ -250,8 +256,18 @@ def difference(
     Raises:
         VerificationError: they do not run, or differ in the shape of an output.
     """
+    return _gap(_as_written(left, threads), partial(right.session, threads=threads), feeds)
+
+
+def _as_written(graph: Graph, threads: int | None) -> Callable[[], SharedSession]:
+    return partial(graph.session, threads=threads, optimize=False)
+
+
+def _gap(
+    left: Callable[[], SharedSession], right: Callable[[], SharedSession], feeds: Sequence[Mapping[str, np.ndarray]]
+) -> float:
     try:
-        a, b = left.session(threads=threads, optimize=False), right.session(threads=threads)
+        a, b = left(), right()
         runs = [(a.run(None, feed), b.run(None, feed)) for feed in feeds]
     except ModelError as error:
         raise VerificationError(f"the cut model does not run: {error.message}") from error

@@ -50,6 +50,7 @@ class Graph:
     weights: dict[str, np.ndarray]
     origin: dict[str, str] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    _open: dict[tuple[int | None, str], SharedSession] = field(default_factory=dict, repr=False, compare=False)
 
     def copy(self) -> Graph:
         """A graph with nodes of its own and the same weight arrays."""
@@ -159,6 +160,16 @@ class Graph:
         shared = {name: array for name, array in self.weights.items() if _is_fed(array) or name in feed}
         session = open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize)
         return SharedSession(session, shared)
+
+    def opened(self, threads: int | None = None, provider: str = "cpu") -> SharedSession:
+        """The session of a finished graph, opened once; `close` lets go of it."""
+        if (threads, provider) not in self._open:
+            self._open[(threads, provider)] = self.session(threads=threads, provider=provider)
+        return self._open[(threads, provider)]
+
+    def close(self) -> None:
+        """Let go of opened sessions and the weights they hold."""
+        self._open.clear()
 
 
 class SharedSession:
