@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -212,25 +215,33 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def save(proto: onnx.ModelProto, path: str | Path, check: Callable[[Path], None] | None = None) -> int:
+def save(
+    proto: onnx.ModelProto,
+    path: str | Path,
+    check: Callable[[Path], None] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> int:
     """Write a model whole or not at all; models over 2 GiB get their weights in `<name>.data` beside them.
 
-    The given message is emptied on the way, so that the check has its memory.
-
     Args:
+        proto: the model.
         check: called with the written file before it takes its place; if it raises, nothing is left behind.
+        weights: initializers that `proto` does not hold yet; they go to the file one by one, never all in one message.
 
     Returns:
         Bytes written.
     """
     target = Path(path)
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < _PROTO_LIMIT:
+    held = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if held + sum(array.nbytes for array in (weights or {}).values()) < _PROTO_LIMIT:
         with whole_file(target) as part:
-            part.write_bytes(proto.SerializeToString())
-            proto.Clear()
+            with open(part, "wb") as stream:
+                _write_message(proto, weights or {}, stream)
             if check is not None:
                 check(part)
         return target.stat().st_size
+    for name, array in (weights or {}).items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
     data = target.with_name(target.name + ".data")
     with whole_file(data) as data_part, whole_file(target) as part:
         with open(data_part, "wb") as stream:
@@ -238,6 +249,54 @@ def save(proto: onnx.ModelProto, path: str | Path, check: Callable[[Path], None]
                 _move_out(tensor, stream, data.name)
         part.write_bytes(proto.SerializeToString())
     return target.stat().st_size + data.stat().st_size
+
+
+_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+
+
+def _write_message(proto: onnx.ModelProto, weights: Mapping[str, np.ndarray], stream: BinaryIO) -> None:
+    """The model and its weights as one protobuf message, serialised one initializer at a time.
+
+    Serialising the whole message at once needs about three times its size in memory. A message is its fields one after
+    the other, each with its number and length in front, so the parts can be written as they come.
+    """
+    shell = onnx.ModelProto()
+    shell.CopyFrom(proto)
+    shell.ClearField("graph")
+    body = proto.graph.SerializeToString()
+
+    def tensor(name: str) -> bytes:
+        return numpy_helper.from_array(np.asarray(weights[name], order="C"), name).SerializeToString()
+
+    sizes = {name: len(tensor(name)) for name in weights}
+    total = len(body) + sum(len(_field(_INITIALIZER, size)) + size for size in sizes.values())
+    stream.write(shell.SerializeToString() + _field(_GRAPH, total) + body)
+    for name, size in sizes.items():
+        stream.write(_field(_INITIALIZER, size))
+        stream.write(tensor(name))
+
+
+def _field(number: int, size: int) -> bytes:
+    """The head of a length-delimited protobuf field: tag and length as base-128 varints."""
+    head = bytearray()
+    for value in (number << 3 | 2, size):
+        while value > 127:
+            head.append(value & 127 | 128)
+            value >>= 7
+        head.append(value)
+    return bytes(head)
+
+
+def give_back() -> None:
+    """Return freed memory to the system (glibc keeps what lay between other allocations); elsewhere nothing happens.
+
+    With models of hundreds of megabytes that come and go, what is kept can be larger than the model itself.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _move_out(tensor: TensorProto, stream: object, location: str) -> None:

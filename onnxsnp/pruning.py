@@ -23,7 +23,7 @@ from onnxsnp.evaluation.accuracy import agreement, evaluate_models
 from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
-from onnxsnp.model import Model, save, whole_file
+from onnxsnp.model import Model, give_back, save, whole_file
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
@@ -32,7 +32,7 @@ from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_p
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.runtime import InputSpec
-from onnxsnp.surgery.apply import Applied, apply, to_model
+from onnxsnp.surgery.apply import Applied, apply, finished, to_model
 from onnxsnp.verbs import choose_preprocess, class_names
 
 _TUNING = 16  # samples the fit does not see, for measuring sensitivities
@@ -325,11 +325,13 @@ class _Run:
         if self.options.compensation != "none":
             with self.stage("refit"):
                 updates = reconstruction.weights(plan)
+        give_back()
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):
             feeds = _feeds(analysis.graph, sample)
             proof = prove(analysis, applied, feeds, self.options.threads, self.options.provider)
+        give_back()
         return applied, proof
 
     def _settings(self, data: Dataset) -> dict[str, Any]:
@@ -406,16 +408,19 @@ class _Run:
             record["after"]["bytes"] = build().ByteSize()
             return build
         with self.stage("write"):
-            check = None
+            check, proto, weights = None, analysis.model.proto, analysis.model.weights
             if graph is not None:
                 session = graph.opened(self.options.threads, self.options.provider)
                 expected = [session.run(None, feed) for feed in feeds]
                 check = partial(check_file, expected, feeds, tolerance(graph.weights))
                 del session
                 graph.close()
-                build = partial(to_model, graph, consume=True)
+                ready = finished(graph)
+                proto, weights = ready.bare_proto(), ready.weights
+            analysis.original.close()
+            give_back()
             record["output"] = str(output)
-            record["after"]["bytes"] = save(build(), output, check)
+            record["after"]["bytes"] = save(proto, output, check, weights)
         return partial(onnx.load, str(output))
 
     def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:

@@ -111,21 +111,23 @@ class Graph:
         self.origin = {name: source for name, source in self.origin.items() if name in self.weights}
         self.parts = {name: part for name, part in self.parts.items() if name in self.weights}
 
-    def to_proto(self, *, consume: bool = False) -> onnx.ModelProto:
-        """A complete model with the weights inside; with `consume` the graph gives up each weight as it is copied."""
+    def bare_proto(self) -> onnx.ModelProto:
+        """The model without its weights."""
         model = onnx.ModelProto()
         model.CopyFrom(self.shell)
         model.graph.node.extend(self.nodes)
-        for name in list(self.weights):
-            array = self.weights.pop(name) if consume else self.weights[name]
+        return model
+
+    def to_proto(self) -> onnx.ModelProto:
+        """A complete model with the weights inside."""
+        model = self.bare_proto()
+        for name, array in self.weights.items():
             model.graph.initializer.append(to_tensor(array, name))
         return model
 
     def skeleton(self, feed: Collection[str] = ()) -> onnx.ModelProto:
         """A valid model of the same structure in which large weights, and those in `feed`, are inputs."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.shell)
-        model.graph.node.extend(self.nodes)
+        model = self.bare_proto()
         for name, array in self.weights.items():
             if not _is_fed(array) and name not in feed:
                 model.graph.initializer.append(to_tensor(array, name))

@@ -83,19 +83,21 @@ def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]
     }
 
 
-def to_model(graph: Graph, *, consume: bool = False) -> onnx.ModelProto:
-    """The finished file: shared weights shared again, tensor shapes recorded.
-
-    Args:
-        consume: give the graph's weights up while the file is built, to save memory; the graph is useless afterwards.
-    """
-    if not consume:
-        graph = graph.copy()
+def finished(graph: Graph) -> Graph:
+    """The graph as it is written: shared weights shared again, tensor shapes recorded."""
+    graph = graph.copy()
     _share(graph)
     inferred = onnx.shape_inference.infer_shapes(graph.skeleton(), data_prop=True)
-    proto = graph.to_proto(consume=consume)
-    proto.graph.value_info.extend(inferred.graph.value_info)
-    return proto
+    shell = onnx.ModelProto()
+    shell.CopyFrom(graph.shell)
+    shell.graph.value_info.extend(inferred.graph.value_info)
+    graph.shell = shell
+    return graph
+
+
+def to_model(graph: Graph) -> onnx.ModelProto:
+    """The finished model, weights inside."""
+    return finished(graph).to_proto()
 
 
 def _share(graph: Graph) -> None:
