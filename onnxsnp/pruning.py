@@ -116,11 +116,10 @@ class _Run:
         counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
-        tuned = plan is None and counts is None
-        data = self._data(analysis, tuned=tuned)
+        data = self._data(analysis)
         statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
-        third = len(rest) * _TUNING // (_TUNING + _JUDGING) if tuned else 0
+        third = len(rest) * self._tuning // (self._tuning + self._judging)
         unseen, held = rest[:third], rest[third:]
         if plan is None:
             plan = self._make_plan(analysis, counts, statistics, reconstruction, unseen, mark)
@@ -173,6 +172,11 @@ class _Run:
     @property
     def _judging(self) -> int:
         return _JUDGING // (2 if self.options.compensation == "none" else 1)
+
+    @property
+    def _tuning(self) -> int:
+        """As many with a given plan as without, so that both see the same data."""
+        return _TUNING if self.options.compensation == "full" else 0
 
     def _automatic(self, analysis: Analysis) -> bool:
         """Whether widths are found from error curves; these exist with full compensation, for attention and FFN."""
@@ -252,13 +256,13 @@ class _Run:
         }
         return found.counts
 
-    def _data(self, analysis: Analysis, *, tuned: bool) -> Dataset:
+    def _data(self, analysis: Analysis) -> Dataset:
         options = self.options
         specs = graph_inputs(analysis.graph, options.input_shapes)
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.fit_samples + self._judging + (_TUNING if tuned else 0),
+            samples=options.fit_samples + self._judging + self._tuning,
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
@@ -293,7 +297,7 @@ class _Run:
         options = self.options
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         total = data.samples
-        seen = min(options.fit_samples, total - min(_TUNING + self._judging, total // 4))
+        seen = min(options.fit_samples, total - min(self._tuning + self._judging, total // 4))
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)

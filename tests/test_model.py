@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import graphs
 import numpy as np
@@ -198,9 +198,23 @@ def test_external_data_without_a_path_is_refused(model: onnx.ModelProto, tmp_pat
 
 
 def test_what_was_written_is_what_was_given(model: onnx.ModelProto, tmp_path: Path) -> None:
-    content, path = model.SerializeToString(), tmp_path / "out.onnx"
-    assert save(model, path) == len(content) == path.stat().st_size
-    assert path.read_bytes() == content and os.listdir(tmp_path) == ["out.onnx"]
+    path = tmp_path / "out.onnx"
+    assert save(model, path) == len(model.SerializeToString()) == path.stat().st_size
+    assert onnx.load(str(path)) == model and os.listdir(tmp_path) == ["out.onnx"]
+
+
+def test_weights_that_are_written_one_by_one_come_out_as_initializers(model: onnx.ModelProto, tmp_path: Path) -> None:
+    bare, path = onnx.ModelProto(), tmp_path / "out.onnx"
+    bare.CopyFrom(model)
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    del bare.graph.initializer[:]
+    weights["large"] = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
+    save(bare, path, weights=weights)
+    read = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
+    assert list(read) == list(weights)
+    for name, array in weights.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -219,13 +233,12 @@ def test_a_model_that_fails_to_be_written_leaves_the_old_file(
     path = tmp_path / "out.onnx"
     path.write_text("old")
 
-    def full(self: Path, data: bytes) -> int:
-        with open(self, "wb") as stream:
-            stream.write(data[:10])
+    def full(proto: object, weights: object, stream: BinaryIO) -> None:
+        stream.write(b"half of it")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises((OSError, ModelError)):
+    monkeypatch.setattr("onnxsnp.model._write_message", full)
+    with pytest.raises(ModelError, match="no space left"):
         save(model, path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.onnx"]
 
