@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=None, help="generated images if not given")
     parser.add_argument("--data", type=Path, required=True, help="labelled images")
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
-    parser.add_argument("--unseen", type=int, default=32, help="further images for the allocation (default 32)")
+    parser.add_argument("--unseen", type=int, default=16, help="further images for the allocation (default 16)")
     parser.add_argument("--eval-samples", type=int, default=None, help="labelled images (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="write the results as JSON")
     options = parser.parse_args()
