@@ -109,6 +109,7 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def prune(self, source: Any, output: str | Path | None, dry_run: bool) -> PruneResult:
+        """All stages in order; what each needs is measured before anything is cut, and nothing is written unproved."""
         with self.stage("analyse"):
             analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
             mark = fingerprint(analysis.model)

@@ -132,6 +132,7 @@ class _Finder:
         return frozenset(found)
 
     def run(self) -> list[Group]:
+        """Groups of the attention sites first, then of every other width that one projection emits and one contracts."""
         order = self._graph_order()
         groups: list[Group] = []
         taken: set[int] = set()
