@@ -132,7 +132,7 @@ class _Finder:
         return frozenset(found)
 
     def run(self) -> list[Group]:
-        """Groups of the attention sites first, then of every other width that one projection emits and one contracts."""
+        """Groups of the attention sites first, then of every other width between two projections."""
         order = self._graph_order()
         groups: list[Group] = []
         taken: set[int] = set()
