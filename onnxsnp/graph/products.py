@@ -10,6 +10,7 @@ from onnxsnp.graph.ir import attribute
 
 
 def matmul(node: NodeProto, facts: Facts) -> None:
+    """Batched matrix product, 1-D operands included."""
     left, right, output = node.input[0], node.input[1], node.output[0]
     a, b = facts.rank(left), facts.rank(right)
     inner_left, inner_right = (left, a - 1), (right, max(b - 2, 0))
@@ -59,6 +60,7 @@ def _multiply(
 
 
 def gemm(node: NodeProto, facts: Facts) -> None:
+    """Matrix product with optional transposes and a bias."""
     left, right, output = node.input[0], node.input[1], node.output[0]
     trans_a, trans_b = attribute(node, "transA", 0), attribute(node, "transB", 0)
     rows, inner_left = ((left, 1), (left, 0)) if trans_a else ((left, 0), (left, 1))
@@ -76,6 +78,7 @@ def gemm(node: NodeProto, facts: Facts) -> None:
 
 
 def einsum(node: NodeProto, facts: Facts) -> None:
+    """A plain product of two operands; anything else is frozen where it sums."""
     equation = attribute(node, "equation", b"").decode().replace(" ", "")
     names = [*node.input, *node.output]
     if (
@@ -119,6 +122,7 @@ def einsum(node: NodeProto, facts: Facts) -> None:
 
 
 def conv(node: NodeProto, facts: Facts) -> None:
+    """Channels in, channels out; spatial axes are frozen; depthwise convolutions tie input to output."""
     data, weight, output = node.input[0], node.input[1], node.output[0]
     group = attribute(node, "group", 1)
     facts.same((data, 0), (output, 0))
