@@ -25,6 +25,8 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.scoring.snp import qk_scores
 
+_WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
+
 
 @dataclass
 class Moments:
@@ -130,14 +132,12 @@ def collect(
     wanted = {name: builder.moments(name) for name in tensors}
     result = Statistics()
     session = builder.session(threads, provider)
+    scorer = _Scorer(result.qk, rank, threads)
     for batch in batches:
         values = dict(zip(builder.outputs, session.run(builder.outputs, batch.inputs), strict=True))
-        ranked = [pair for pair in pairs if pair[0].id in scored]
-        with single_threaded(), ThreadPoolExecutor(max_workers=threads or available_cores()) as pool:
-            jobs = [pool.submit(_score, group, dependencies, values, query, key, rank) for group, query, key in ranked]
-            for (group, _, _), job in zip(ranked, jobs, strict=True):
-                held = result.qk.get(group.id)
-                result.qk[group.id] = job.result() if held is None else held + job.result()
+        for group, query, key in pairs:
+            if group.id in scored:
+                scorer.add(group, dependencies, values, query, key)
         for group, query, key in pairs:
             if group.id in measured:
                 _add_pairs(result.pairs, group, dependencies, values, query, key)
@@ -146,6 +146,7 @@ def collect(
         result.samples += batch.count
         if progress is not None:
             progress(result.samples)
+    scorer.flush()
     return result
 
 
@@ -162,23 +163,43 @@ def _add(moments: dict[str, Moments], name: str, second: np.ndarray, total: np.n
     held.count += entries // width
 
 
-def _score(
-    group: Group,
-    dependencies: Dependencies,
-    values: dict[str, np.ndarray],
-    query: _Operand,
-    key: _Operand,
-    rank: int | None,
-) -> np.ndarray:
-    """SNP scores of one batch: [heads, size]."""
-    return qk_scores(
-        _by_head(group, dependencies, values[query.gram], query),
-        _by_head(group, dependencies, values[key.gram], key),
-        int(values[query.tokens]),
-        int(values[key.tokens]),
-        rank=rank,
-        threads=1,
-    )
+class _Scorer:
+    """Scores query-key pairs of many images at a time, so that inference and scoring seldom take turns."""
+
+    def __init__(self, found: dict[str, np.ndarray], rank: int | None, threads: int | None) -> None:
+        self._found, self._rank, self._threads = found, rank, threads
+        self._waiting: dict[tuple[str, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._bytes = 0
+
+    def add(
+        self,
+        group: Group,
+        dependencies: Dependencies,
+        values: dict[str, np.ndarray],
+        query: _Operand,
+        key: _Operand,
+    ) -> None:
+        """Take one batch's Gram matrices of one group."""
+        grams = tuple(_by_head(group, dependencies, values[side.gram], side) for side in (query, key))
+        name = (group.id, int(values[query.tokens]), int(values[key.tokens]))
+        self._waiting.setdefault(name, []).append((grams[0], grams[1]))
+        self._bytes += grams[0].nbytes + grams[1].nbytes
+        if self._bytes > _WAITING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Score what is waiting, groups side by side."""
+        with single_threaded(), ThreadPoolExecutor(max_workers=self._threads or available_cores()) as pool:
+            jobs = {name: pool.submit(self._score, name) for name in self._waiting}
+            for (group, _, _), job in jobs.items():
+                scores = job.result()
+                self._found[group] = self._found[group] + scores if group in self._found else scores
+        self._waiting.clear()
+        self._bytes = 0
+
+    def _score(self, name: tuple[str, int, int]) -> np.ndarray:
+        queries, keys = (np.concatenate(side) for side in zip(*self._waiting[name], strict=True))
+        return qk_scores(queries, keys, name[1], name[2], rank=self._rank, threads=1)
 
 
 def _add_pairs(
