@@ -22,7 +22,7 @@ from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, Part, SharedSession, attribute
 from onnxsnp.runtime import open_session, run_session
-from onnxsnp.surgery.rewrite import Cut, mask_array, touched, weight_axes
+from onnxsnp.surgery.rewrite import Cut, mask_weights
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -63,14 +63,7 @@ def masked(
         updates: refitted weights of `graph` in their original shapes.
     """
     result = base.copy()
-    divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
-    for name in graph.weights:
-        mine = touched(dependencies, name, cuts)
-        if name not in updates and not mine:
-            continue
-        array = updates.get(name, graph.weights[name])
-        if mine and name not in divisors:
-            array = mask_array(array, weight_axes(dependencies, name), dependencies.size, mine)
+    for name, array in mask_weights(graph, dependencies, cuts, updates).items():
         _write(result, graph, name, array)
     _average_over_kept(result, dependencies, cuts)
     return result

@@ -11,7 +11,7 @@ from onnxsnp.calibration.data import Batch
 from onnxsnp.evaluation.accuracy import softmax_kl
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
 from onnxsnp.reconstruction.full import Reconstruction
-from onnxsnp.surgery.rewrite import mask_array, touched, weight_axes
+from onnxsnp.surgery.rewrite import mask_weights
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -70,13 +70,5 @@ def masked_weights(
 ) -> dict[str, np.ndarray]:
     """The analysed graph's weights under a plan, in their original shapes, zero where something is cut."""
     plan = Plan("", list(entries))
-    updates = reconstruction.weights(plan)
     cuts = as_cuts(plan, analysis.groups)
-    deps, graph = analysis.dependencies, analysis.graph
-    divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
-    weights = dict(updates)
-    for name in {place[0] for cut in cuts for place in deps.places[cut.atom]} & graph.weights.keys():
-        if name not in divisors:
-            array = updates.get(name, graph.weights[name])
-            weights[name] = mask_array(array, weight_axes(deps, name), deps.size, touched(deps, name, cuts))
-    return weights
+    return mask_weights(analysis.graph, analysis.dependencies, cuts, reconstruction.weights(plan))

@@ -117,6 +117,26 @@ def touched(dependencies: Dependencies, name: str, cuts: Sequence[Cut]) -> list[
     return [cut for cut in cuts if cut.atom in atoms]
 
 
+def mask_weights(
+    graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut], updates: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The weights of a graph that a cut changes, in their original shapes, zero where something is cut.
+
+    Divisors keep their values: a zero there would not silence a neuron but make it infinite.
+
+    Args:
+        updates: weights that replace the graph's own first (a refit), in their original shapes.
+    """
+    divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
+    weights = dict(updates)
+    for name in graph.weights.keys() - divisors:
+        mine = touched(dependencies, name, cuts)
+        if mine:
+            array = updates.get(name, graph.weights[name])
+            weights[name] = mask_array(array, weight_axes(dependencies, name), dependencies.size, mine)
+    return weights
+
+
 def cut_graph(
     graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut], updates: Mapping[str, np.ndarray] | None = None
 ) -> Graph:
