@@ -13,12 +13,14 @@ import onnx
 from onnxsnp import model as model_files
 from onnxsnp.evaluation.cost import CostModel, cost_model
 from onnxsnp.graph.dependency import Dependencies, analyse
+from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group, Structure, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear, find_linears
 from onnxsnp.graph.normalize import Normalized, as_graph, normalize
 from onnxsnp.model import Model
 from onnxsnp.reconstruction.full import Rotations, find_rotations
+from onnxsnp.reconstruction.gains import find_gains
 from onnxsnp.surgery.unpack import unpack
 
 
@@ -68,6 +70,11 @@ class Analysis:
     def rotations(self) -> Rotations:
         """The attention groups that allow a change of basis."""
         return find_rotations(self)
+
+    @cached_property
+    def gains(self) -> dict[str, GainSite]:
+        """By id, the query-key groups that allow no change of basis but a gain per pair."""
+        return find_gains(self)
 
 
 def analyse_model(

@@ -171,7 +171,7 @@ def prune(
         str,
         typer.Option(
             help="none: the paper's cut. refit: what reads the cut neurons is refitted by least squares. full: "
-            "attention is rotated before it is cut, FFN neurons go by optimal brain surgeon, then refit.",
+            "attention is rotated (or weighted) before it is cut, FFN neurons go by optimal brain surgeon, then refit.",
             rich_help_panel=_METHOD,
         ),
     ] = "full",

@@ -316,6 +316,7 @@ class _Run:
                     needed.tensors,
                     batches,
                     pair_groups=needed.rotated,
+                    gain_sites=needed.gained,
                     rank=options.rank,
                     threads=options.threads,
                     provider=options.provider,

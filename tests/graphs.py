@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import onnx_graphsurgeon as gs
 from onnxsnp.planning.plan import GroupPlan, Plan
 
 Size = int | str
+Hook = Callable[["Net", Any], Any]
+HEADS, SIZE, TOKENS, WIDTH = 2, 6, 5, 12  # of `attention`
 
 
 class Net:
@@ -272,6 +274,37 @@ def _ffn(net: Net, x: Any, name: str, width: int, ffn: int, gate: str | None, ac
     if right is not None or gate == "packed":
         hidden = net.op("Mul", hidden, right)
     return net.linear(hidden, f"{name}/fc2", ffn, width)
+
+
+def attention(opset: int = 17, **hooks: Hook) -> onnx.ModelProto:
+    """One attention block and one FFN; hooks change tensors on the way.
+
+    Hooks: flat_q, flat_k, flat_v [N, T, H·d] behind the projections; q, k, v [N, H, T, d]; scores [N, H, T, T];
+    mixed [N, H, T, d] and joined [N, T, H·d] before the output projection; end [N, T, width] after it.
+    """
+    net = Net(opset)
+    x = net.input("x", ["N", TOKENS, WIDTH])
+
+    def hooked(value: Any, *names: str) -> Any:
+        for name in names:
+            value = hooks[name](net, value) if name in hooks else value
+        return value
+
+    def apart(name: str) -> Any:
+        flat = hooked(net.linear(x, name, WIDTH, HEADS * SIZE), f"flat_{name}")
+        return hooked(
+            net.op("Transpose", net.reshape(flat, 0, TOKENS, HEADS, SIZE), perm=[0, 2, 1, 3], name=f"{name}4"), name
+        )
+
+    q, k, v = (apart(name) for name in "qkv")
+    scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2]), name="score")
+    mixed = net.op("MatMul", net.op("Softmax", hooked(scores, "scores"), axis=-1), v, name="mix")
+    mixed = net.op("Transpose", hooked(mixed, "mixed"), perm=[0, 2, 1, 3])
+    joined = hooked(net.reshape(mixed, 0, TOKENS, HEADS * SIZE), "joined")
+    h = hooked(net.op("Add", x, net.linear(joined, "proj", HEADS * SIZE, WIDTH)), "end")
+    h = net.op("Add", h, net.linear(net.op("Relu", net.linear(h, "fc1", WIDTH, 20)), "fc2", 20, WIDTH))
+    net.output(h, ["N", TOKENS, WIDTH])
+    return net.proto()
 
 
 def mlp(

@@ -62,7 +62,8 @@ def measure(analysis: Analysis, data: Iterator[Batch]) -> Statistics:
     pairs = [group for group in groups if group.kind == "qk"]
     tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
     sites = analysis.structure.sites
-    return collect(analysis.graph, analysis.dependencies, sites, pairs, tensors, data, pair_groups=pairs)
+    deps, gains = analysis.dependencies, tuple(analysis.gains.values())
+    return collect(analysis.graph, deps, sites, pairs, tensors, data, pair_groups=pairs, gain_sites=gains)
 
 
 Row = tuple[str, float] | float

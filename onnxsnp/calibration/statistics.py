@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.data import Batch
+from onnxsnp.calibration.overlap import Overlap, per_query
 from onnxsnp.errors import DataError
 from onnxsnp.graph.attention import Site
 from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.scoring.snp import qk_scores
@@ -77,12 +79,14 @@ class Statistics:
     Attributes:
         qk: by group id, the scores of SNP eq. 4-6 summed over the images, [heads, size].
         pairs: by group id, moments of queries and keys.
+        overlaps: by group id, moments of the pairs' contributions, with the heads of the group's `GainSite`.
         moments: by tensor name.
         samples: images (or sequences) seen.
     """
 
     qk: dict[str, np.ndarray] = field(default_factory=dict)
     pairs: dict[str, PairMoments] = field(default_factory=dict)
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     samples: int = 0
 
@@ -106,6 +110,7 @@ def collect(
     batches: Iterable[Batch],
     *,
     pair_groups: Sequence[Group] = (),
+    gain_sites: Sequence[GainSite] = (),
     rank: int | None = None,
     threads: int | None = None,
     provider: str = "cpu",
@@ -116,6 +121,7 @@ def collect(
     Args:
         qk_groups: query-key groups to score (each belongs to one of `sites`).
         pair_groups: query-key groups whose moments are wanted.
+        gain_sites: query-key groups the overlap of whose pairs is wanted.
         tensors: activations (last axis: features) whose second moments are wanted.
         rank: components that count in eq. 6; estimated per image and head if None.
         progress: called with the number of samples after each batch.
@@ -125,7 +131,9 @@ def collect(
     """
     builder = _Builder(graph, dependencies)
     pairs = []
-    for group in {group.id: group for group in [*qk_groups, *pair_groups]}.values():
+    gains = {gain.group.id: gain for gain in gain_sites}
+    wanted_groups = [*qk_groups, *pair_groups, *(gain.group for gain in gain_sites)]
+    for group in {group.id: group for group in wanted_groups}.values():
         site = sites[group.site or 0]
         pairs.append((group, builder.gram(site.query, site.query_tokens), builder.gram(site.key, site.key_tokens)))
     scored, measured = ({group.id for group in wanted} for wanted in (qk_groups, pair_groups))
@@ -141,6 +149,8 @@ def collect(
         for group, query, key in pairs:
             if group.id in measured:
                 _add_pairs(result.pairs, group, dependencies, values, query, key)
+            if group.id in gains:
+                _add_overlap(result.overlaps, gains[group.id], dependencies, values, query, key)
         for name, (second, total, size) in wanted.items():
             _add(result.moments, name, values.pop(second), values.pop(total), int(values[size]))
         result.samples += batch.count
@@ -180,7 +190,8 @@ class _Scorer:
         key: _Operand,
     ) -> None:
         """Take one batch's Gram matrices of one group."""
-        grams = tuple(_by_head(group, dependencies, values[side.gram], side) for side in (query, key))
+        grams = [_by_head(group, dependencies, values[side.gram], side) for side in (query, key)]
+        grams[1] = per_query(grams[1], grams[0])
         name = (group.id, int(values[query.tokens]), int(values[key.tokens]))
         self._waiting.setdefault(name, []).append((grams[0], grams[1]))
         self._bytes += grams[0].nbytes + grams[1].nbytes
@@ -221,6 +232,23 @@ def _add_pairs(
     held.key = held.key + grams_k.sum(axis=0) - tokens_k * np.einsum("ihc,ihd->hcd", means, means)
     held.queries += tokens_q * len(grams_q)
     held.keys += tokens_k * len(grams_k)
+
+
+def _add_overlap(
+    overlaps: dict[str, Overlap],
+    site: GainSite,
+    dependencies: Dependencies,
+    values: dict[str, np.ndarray],
+    query: _Operand,
+    key: _Operand,
+) -> None:
+    """Add one batch to the overlap of a group's pairs."""
+    group = replace(site.group, heads=site.heads, head_atoms=site.head_atoms)
+    tokens = int(values[query.tokens]), int(values[key.tokens])
+    grams = [_by_head(group, dependencies, values[side.gram], side) for side in (query, key)]
+    means = _by_head(group, dependencies, values[key.mean], key) if site.centred else None
+    held = overlaps.setdefault(site.group.id, Overlap.empty(site.heads, site.group.size))
+    held.add(grams[0], grams[1], tokens, means)
 
 
 def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand: _Operand) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A change of basis (METHODS 2.1, 2.2) is legal where nothing but a bias, a scalar factor and rearrangements lie between
 the projection and the contraction. Rotary embeddings, norms on query or key, and anything else that tells the neurons
-of a head apart leave only selection.
+of a head apart leave only selection, with a gain per pair where that is legal (`gains`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, attribute
 from onnxsnp.graph.linear import Linear
 
-_REARRANGE = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten", "Dropout"}
+REARRANGE = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Flatten", "Dropout"}
 
-_SHIFTED = _REARRANGE | {"Add", "Sub", "Where", "Expand"}  # a shift along the rows of scores goes through these
+_SHIFTED = REARRANGE | {"Add", "Sub", "Where", "Expand"}  # a shift along the rows of scores goes through these
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, lin
         node = producers.get(name)
         if node is None:
             return Way(None, name)
-        other = _read_elsewhere(name, graph, readers)
+        other = read_elsewhere(name, graph, readers)
         if other:
             return Way(None, other)
         linear = by_node.get(node.name)
@@ -68,7 +68,7 @@ def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, lin
         name = step
 
 
-def _read_elsewhere(name: str, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> str:
+def read_elsewhere(name: str, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> str:
     """Another reader of a tensor, by name; empty if there is none. One that asks for size or type does not count."""
     uses = [(node, slot) for node, slot in readers.get(name, []) if node.op_type not in ("Shape", "Size")]
     others = [node.name for node, slot in uses if (node.op_type, slot) != ("CastLike", 1)]
@@ -122,7 +122,7 @@ def straight_from(
     biases = {linear.bias for linear in linears.values() if linear.bias is not None}
     name: str | None = tensor
     while name is not None and name in producers:
-        if _read_elsewhere(name, graph, readers):
+        if read_elsewhere(name, graph, readers):
             return False
         if producers[name].name == node:
             return True
@@ -138,7 +138,7 @@ def _step(node: NodeProto, atom: int, graph: Graph, dependencies: Dependencies, 
     if len(activations) != 1:
         return None
     constants = [name for name in node.input if name in graph.weights]
-    if node.op_type in _REARRANGE and not numbers:
+    if node.op_type in REARRANGE and not numbers:
         return activations[0]
     if node.op_type == "Add" and len(constants) == 1 and constants[0] in biases:
         return activations[0]

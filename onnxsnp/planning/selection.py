@@ -1,7 +1,8 @@
 """Which neurons stay, once it is known how many: by criterion, or where the method allows better, by what it needs.
 
-With full compensation the neurons of a rotated attention group are new combinations, so any places do; those of an FFN
-are chosen by optimal brain surgeon. Everything else is ranked by the criterion.
+With full compensation the neurons of a rotated attention group are new combinations, so any places do; query-key pairs
+that can only be weighted, and FFN neurons, are chosen by optimal brain surgeon. Everything else is ranked by the
+criterion.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.statistics import Statistics
+from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.plan import GroupPlan, keep_highest
 from onnxsnp.reconstruction.ffn import Removal, removal_order
@@ -35,16 +37,18 @@ class Requirements:
     Attributes:
         scored: query-key groups that need SNP scores.
         rotated: query-key groups that need moments of queries and keys.
+        gained: query-key groups that need the overlap of their pairs.
         tensors: activations whose second moments are needed.
     """
 
     scored: tuple[Group, ...]
     rotated: tuple[Group, ...]
+    gained: tuple[GainSite, ...]
     tensors: tuple[str, ...]
 
     @property
     def nothing(self) -> bool:
-        return not (self.scored or self.rotated or self.tensors)
+        return not (self.scored or self.rotated or self.gained or self.tensors)
 
 
 def requirements(
@@ -56,14 +60,16 @@ def requirements(
         planned: the kept neurons are given, so that no group has to be scored.
     """
     rotations = analysis.rotations if compensation == "full" else Rotations()
+    gains = analysis.gains if compensation == "full" else {}
     pairs = [group for group in groups if group.kind == "qk"]
-    free = [group for group in pairs if group.id not in rotations.pairs]
+    free = [group for group in pairs if group.id not in rotations.pairs and group.id not in gains]
     scored = free if CRITERIA[criterion].needs_qk and not planned else []
     tensors: list[str] = []
     if compensation != "none":
         tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
     rotated = [group for group in pairs if group.id in rotations.pairs]
-    return Requirements(tuple(scored), tuple(rotated), tuple(tensors))
+    gained = [gains[group.id] for group in pairs if group.id in gains]
+    return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors))
 
 
 class Selector:
@@ -73,7 +79,7 @@ class Selector:
         criterion: who goes, wherever selection decides.
         surgeon: FFN neurons are chosen by optimal brain surgeon instead of the criterion.
         statistics: what `requirements` asked for.
-        reconstruction: knows which groups are rotated.
+        reconstruction: knows which groups are rotated, and which pairs of a weighted group go first.
     """
 
     def __init__(
@@ -110,7 +116,7 @@ class Selector:
 
     def curve(self, group: Group) -> np.ndarray | None:
         """Squared error left at the group's own output by width, [size + 1]; None where no closed form gives it."""
-        if self._reconstruction.rotates(group):
+        if self._reconstruction.rotates(group) or self._reconstruction.weighs(group):
             return self._reconstruction.errors(group)
         if self._by_surgeon(group):
             errors = self.removal(group).errors
@@ -127,9 +133,12 @@ class Selector:
     def _keep(self, group: Group, kept: int) -> list[list[int]]:
         if self._reconstruction.rotates(group):
             return [list(range(kept)) for _ in range(group.heads)]
+        if self._reconstruction.weighs(group):
+            gone = group.size - kept
+            return [sorted(head.order[gone:].tolist()) for head in self._reconstruction.orders(group)]
         if self._by_surgeon(group):
-            gone = {int(index) for index in self.removal(group).order[: group.size - kept]}
-            return [sorted(set(range(group.size)) - gone)]
+            cut = {int(index) for index in self.removal(group).order[: group.size - kept]}
+            return [sorted(set(range(group.size)) - cut)]
         if group.id not in self._scores:
             analysis = self._analysis
             qk = self._statistics.qk.get(group.id)

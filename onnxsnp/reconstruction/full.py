@@ -1,4 +1,4 @@
-"""Full compensation in one shot: rotate attention, choose FFN neurons by optimal brain surgeon, refit what reads them.
+"""Full compensation in one shot: rotate attention or weigh its pairs, choose by optimal brain surgeon, refit readers.
 
 Every step needs only second moments of the original model's activations. Widths are decided elsewhere; this module
 decides which neurons (or directions) fill them, and with which weights.
@@ -6,6 +6,7 @@ decides which neurons (or directions) fill them, and with which weights.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from onnxsnp.graph.linear import Linear, neuron_places
 from onnxsnp.graph.paths import shift_blocked_by, straight_from, way_to
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
+from onnxsnp.reconstruction.gains import PairOrder, group_factors, group_orders, scaled
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable, solve_positive
 from onnxsnp.surgery.rewrite import Cut
 
@@ -214,16 +216,18 @@ def _emit(
 class Reconstruction:
     """Weights that make up for cuts, group by group; bases and weights are computed once and kept.
 
-    The weights one group's cut changes are no other group's, so those of a plan are simply put together.
+    The weights one group's cut changes are no other group's, so those of a plan are put together; gains go on top.
 
     Args:
         statistics: moments of everything the plans will cut.
-        compensation: "none", "refit" (readers of value and FFN neurons) or "full" (attention is rotated as well).
+        compensation: "none", "refit" (readers of value and FFN neurons) or "full" (attention is rotated, or weighted).
     """
 
     def __init__(self, analysis: Analysis, statistics: Statistics, compensation: str) -> None:
         self._analysis, self._statistics, self._compensation = analysis, statistics, compensation
         self.rotations = analysis.rotations if compensation == "full" else Rotations()
+        self.gains = analysis.gains if compensation == "full" else {}
+        self._orders: dict[str, list[PairOrder]] = {}
         self._pairs: dict[str, list[PairBasis]] = {}
         self._values: dict[str, list[ValueBasis]] = {}
         self._last: dict[str, tuple[list[list[int]], dict[str, np.ndarray]]] = {}
@@ -232,8 +236,21 @@ class Reconstruction:
         """Whether a group's neurons are new combinations, so that any places do."""
         return group.id in self.rotations.pairs or group.id in self.rotations.values
 
+    def weighs(self, group: Group) -> bool:
+        """Whether a group's pairs stay as they are but for a gain each."""
+        return group.id in self.gains
+
+    def orders(self, group: Group) -> list[PairOrder]:
+        """In which order the pairs of each head of a weighted group go."""
+        if group.id not in self._orders:
+            with single_threaded():
+                self._orders[group.id] = group_orders(self.gains[group.id], self._statistics.overlaps[group.id])
+        return self._orders[group.id]
+
     def errors(self, group: Group) -> np.ndarray:
-        """Squared error by width of a rotated group, summed over its heads, [size + 1]."""
+        """Squared error by width of a rotated or weighted group, summed over its heads, [size + 1]."""
+        if self.weighs(group):
+            return np.sum([head.errors for head in self.orders(group)], axis=0)
         bases = self._pair_bases(group.id) if group.id in self.rotations.pairs else self._value_bases(group.id)
         return np.sum([basis.errors for basis in bases], axis=0)
 
@@ -248,13 +265,17 @@ class Reconstruction:
         with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
             for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True):
                 self._last[entry.id] = (entry.keep, made)
-        for entry in cut:
-            updates.update(self._last[entry.id][1])
+        for entry in sorted(cut, key=lambda entry: entry.id in self.gains):
+            made, weights = self._last[entry.id][1], ChainMap(updates, self._analysis.graph.weights)
+            updates.update(scaled(weights, made) if entry.id in self.gains else made)
         return updates
 
     def _group_weights(self, entry: GroupPlan) -> dict[str, np.ndarray]:
+        """New weights by name; of a group that is weighted, factors for them."""
         analysis, moments = self._analysis, self._statistics.moments
         keep = np.asarray(entry.keep)
+        if entry.id in self.gains:
+            return group_factors(analysis, self.gains[entry.id], self._statistics.overlaps[entry.id], keep)
         if entry.id in self.rotations.pairs:
             return rotate_pairs(analysis, self.rotations.pairs[entry.id], self._pair_bases(entry.id), keep)
         if entry.id in self.rotations.values:

@@ -24,15 +24,16 @@ SHAPE: dict[str, Any] = {"blocks": 2, "heads": 2, "qk": 6, "v": 5, "width": 10, 
 
 
 def blocked(model: onnx.ModelProto, site: int = 0) -> onnx.ModelProto:
-    """The model with an activation on the queries of one site, so that its pairs cannot be mixed."""
+    """The model with activations on the queries and keys of one site, so that its pairs cannot be mixed or weighted."""
     clone = onnx.ModelProto()
     clone.CopyFrom(model)
     at, score = next(
         (index, node) for index, node in enumerate(clone.graph.node) if node.name == f"/blocks.{site}/attn/MatMul"
     )
-    extra = onnx.helper.make_node("Tanh", [score.input[0]], ["bent"], name="bent")
-    score.input[0] = "bent"
-    clone.graph.node.insert(at, extra)
+    for slot, name in enumerate(("bent", "bent too")):
+        clone.graph.node.insert(at, onnx.helper.make_node("Tanh", [score.input[slot]], [name], name=name))
+        score = clone.graph.node[at + slot + 1]
+        score.input[slot] = name
     return clone
 
 
