@@ -163,6 +163,7 @@ def fill(options: argparse.Namespace, results: Results) -> Run:
         raise DataError(f"there are no calibration images beyond the {options.samples} that methods are fitted to")
     for row in todo:
         measure_row(bench, row, missing[row.title], run, options)
+        run.sort(list(rows))
         results.save()
     return run
 

@@ -50,6 +50,11 @@ class Run:
         """The cell of a method at a cut, if it was measured."""
         return next((cell for cell in self.cells if (cell.row, cell.method) == (row, method)), None)
 
+    def sort(self, titles: Sequence[str]) -> None:
+        """Put the cells in the order of their rows' titles, whenever they were measured; unknown ones last."""
+        places = {title: place for place, title in enumerate(titles)}
+        self.cells.sort(key=lambda cell: places.get(cell.row["title"], len(places)))
+
 
 class Results:
     """The runs in a file; without a path they are only kept in memory."""
@@ -91,10 +96,13 @@ def table(run: Run, methods: Sequence[str]) -> str:
         f"| cut | {' | '.join(measured)} |",
         "|---|" + "---|" * len(measured),
     ]
-    for title in dict.fromkeys(cell.row["title"] for cell in run.cells):
-        tops = {cell.method: cell.result["top1"] for cell in run.cells if cell.row["title"] == title}
+    by_row: dict[str, list[Cell]] = {}
+    for cell in run.cells:  # by definition: a title may have meant another cut before
+        by_row.setdefault(json.dumps(cell.row, sort_keys=True), []).append(cell)
+    for cells in by_row.values():
+        tops = {cell.method: cell.result["top1"] for cell in cells}
         entries = [f"{tops[one]:.2f} ({dense - tops[one]:.2f})" if one in tops else "–" for one in measured]
-        lines.append(f"| {title} | {' | '.join(entries)} |")
+        lines.append(f"| {cells[0].row['title']} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 

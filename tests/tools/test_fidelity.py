@@ -97,10 +97,13 @@ def test_a_second_run_measures_only_what_is_new(tmp_path: Path, monkeypatch: pyt
     assert measured == [("FFN 50 %", corp), ("all, 30 % of MACs", [*corp, "full, auto"])]
     assert [cell.macs for cell in run.cells if cell.row["share"]] == pytest.approx([0.3] * 4, abs=0.01)
     measured.clear()
+    run = fill("--rows", "key", "--methods", "none")
+    assert list(dict.fromkeys(cell.row["title"] for cell in run.cells))[::3] == ["query-key 50 %", "all, 30 % of MACs"]
+    measured.clear()
     fill("--rows", "FFN", "--methods", "none", "--eval-samples", "16")
     assert measured == [("FFN 50 %", ["none"])]
     held = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert [len(run["cells"]) for run in held] == [8, 1]
+    assert [len(run["cells"]) for run in held] == [10, 1]
     assert [run["dense"]["count"] for run in held] == [24, 16]
 
 
@@ -143,6 +146,8 @@ def test_the_table_leaves_what_was_not_measured_empty() -> None:
     rows = [Row("one", ("ffn",), ratio=0.5).definition(), Row("two", ("qk",), ratio=0.5).definition()]
     cells = [Cell(rows[0], "b", {"top1": 70.0}, 0, 0), Cell(rows[0], "a", {"top1": 60.5}, 0, 0)]
     run = Run({"samples": 8}, {"top1": 80.0, "count": 9}, [*cells, Cell(rows[1], "a", {"top1": 81.0}, 0, 0)])
+    redefined = {**rows[1], "ratio": 0.7}
+    run.cells.append(Cell(redefined, "b", {"top1": 50.0}, 0, 0))
     assert table(run, ["a", "b", "c"]).splitlines() == [
         "top-1 (points lost) on 9 images; dense 80.00 %; 8 calibration images",
         "",
@@ -150,4 +155,5 @@ def test_the_table_leaves_what_was_not_measured_empty() -> None:
         "|---|---|---|",
         "| one | 60.50 (19.50) | 70.00 (10.00) |",
         "| two | 81.00 (-1.00) | – |",
+        "| two | – | 50.00 (30.00) |",
     ]
