@@ -1,150 +1,219 @@
-"""Accuracy left at a budget, per method, without any training: one table for one model.
+"""Accuracy left at a cut, per method, without any training: one table for one model.
 
-Rows are cuts (query-key, value and FFN alone, and all three together at shares of the model's MACs); columns are the
-compensations: none (the paper's cut), refit, full with one ratio for all groups, and full with automatic allocation.
-One calibration pass serves every cell, and one pass over the labelled data evaluates all models, so that differences
-are paired. Every cut model is proved against the masked original before it counts.
+Rows are cuts (see `fidelity_rows`): query-key, value and FFN alone, all three together at shares of the model's MACs,
+and the published budget. Columns are methods: no compensation (the paper's cut), refit, the rules of others (see
+`rivals`), and full compensation with one ratio for all groups and with automatic allocation. Where a row leaves the
+widths open, every method but the last gets those of the one ratio. A cell is empty where a method does not apply.
 
-    python tools/bench_fidelity.py --model deit_tiny.onnx --calibration calibration.zip --data val.zip
+One calibration pass serves every cell. The models of a row are evaluated together with the dense one, all rows on the
+same labelled images, so that differences are paired. Every cut model is proved against the masked original before it
+counts. With --out, results are written after each row, and those in the file are reused where nothing has changed that
+they depend on: the model, the data, the settings, the sources of the methods.
+
+    python tools/bench_fidelity.py --model deit_tiny.onnx --calibration calibration.zip --data val.zip --out all.json
+    python tools/bench_fidelity.py --out all.json --table
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
+from fidelity_results import Cell, Results, Run, digest_of_data, digest_of_sources, table
+from fidelity_rows import Row, chosen, rows_for
+from rivals import RIVALS
+
+import onnxsnp
 from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.calibration.data import Batch
 from onnxsnp.calibration.statistics import Statistics, collect
-from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
+from onnxsnp.errors import DataError, OnnxSnpError
+from onnxsnp.evaluation.accuracy import evaluate_models
 from onnxsnp.evaluation.verify import prove
-from onnxsnp.graph.normalize import as_graph
 from onnxsnp.planning.allocation import to_cost, uniform
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
-from onnxsnp.planning.plan import Plan
+from onnxsnp.planning.plan import GroupPlan, Plan, fingerprint
 from onnxsnp.planning.selection import Selector
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.reconstruction.refit import refittable
+from onnxsnp.runtime import Session
 from onnxsnp.surgery.apply import apply
 from onnxsnp.verbs import open_for
 
-SINGLE = (("qk", 0.5), ("qk", 0.7), ("v", 0.5), ("ffn", 0.5))
-SHARES = (0.30, 0.41, 0.50)
-KINDS = ("qk", "v", "ffn")
-METHODS = ("none", "refit", "full, one ratio", "full, auto")
+AUTO = "full, auto"
+METHODS = ("none", "refit", *RIVALS, "full, one ratio", AUTO)
 
 
 @dataclass
 class Bench:
-    """Everything the cells of the table share."""
+    """Everything the cells of the table share.
+
+    Attributes:
+        unseen: further calibration images, for the allocation.
+    """
 
     analysis: Analysis
     statistics: Statistics
     unseen: list[Batch]
 
-    def reconstruction(self, method: str) -> Reconstruction:
-        return Reconstruction(self.analysis, self.statistics, method.split(",")[0])
 
-    def selector(self, method: str, reconstruction: Reconstruction) -> Selector:
-        surgeon = method.startswith("full")
-        return Selector(self.analysis, self.statistics, reconstruction, "snp", surgeon=surgeon)
+def applies(method: str, row: Row) -> bool:
+    """Whether a method has an answer of its own to a row."""
+    if method in RIVALS:
+        return RIVALS[method].covers(row.kinds)
+    return method != AUTO or row.share is not None  # given widths leave nothing to allocate
 
 
-def measure(analysis: Analysis, data: Iterator[Batch]) -> Statistics:
-    """One pass that measures what every method needs."""
-    groups = [group for group in analysis.structure.groups if group.kind in KINDS]
+def proposal(bench: Bench, row: Row, method: str) -> tuple[list[GroupPlan], Mapping[str, Any]]:
+    """What stays of every group, and the weights that make up for the rest."""
+    if method in RIVALS:
+        return RIVALS[method].propose(bench.analysis, bench.statistics, fixed_widths(bench.analysis, row))
+    analysis = bench.analysis
+    reconstruction = Reconstruction(analysis, bench.statistics, method.split(",")[0])
+    selector = Selector(analysis, bench.statistics, reconstruction, "snp", surgeon=method.startswith("full"))
+    if method == AUTO:
+        loss = Loss(analysis, reconstruction, bench.unseen)
+        counts = allocate(row.groups(analysis), analysis.cost, row.share or 0.0, "macs", 1, selector, loss).counts
+    else:
+        counts = fixed_widths(analysis, row)
+    entries = selector.entries(counts)
+    return entries, reconstruction.weights(Plan("", entries))
+
+
+def fixed_widths(analysis: Analysis, row: Row) -> dict[str, int]:
+    """Kept neurons by group, the same for every method that does not allocate."""
+    if row.counts is not None:
+        return dict(row.counts)
+    if row.ratio is not None:
+        return uniform(row.groups(analysis), row.ratio)
+    return to_cost(row.groups(analysis), analysis.cost, row.share or 0.0)
+
+
+def cut(bench: Bench, row: Row, method: str) -> tuple[Session, float, float]:
+    """A session on the cut and proved model, the share of MACs that are gone, and the seconds it took to make."""
+    start = time.perf_counter()
+    analysis = bench.analysis
+    entries, updates = proposal(bench, row, method)
+    applied = apply(analysis, Plan("", entries), updates)
+    feed = {name: array[:1] for name, array in bench.unseen[0].inputs.items()}
+    prove(analysis, applied, [feed])
+    sizes = {analysis.groups[entry.id].atom: entry.kept for entry in entries}
+    macs = 1 - analysis.cost.total("macs", sizes) / analysis.cost.total("macs")
+    return applied.graph.session(), macs, time.perf_counter() - start
+
+
+def measure_row(bench: Bench, row: Row, methods: Iterable[str], run: Run, options: argparse.Namespace) -> None:
+    """Make and evaluate the cells of a row, beside the dense model, and add them to the run."""
+    sessions: list[Session] = [bench.analysis.original.session()]
+    facts = []
+    for method in methods:
+        session, macs, seconds = cut(bench, row, method)
+        sessions.append(session)
+        facts.append((method, macs, seconds))
+        print(f"# {row.title}, {method}: {macs:.1%} of MACs removed, {seconds:.1f} s", flush=True)
+    labelled = open_for([options.model], options.data, samples=options.eval_samples, evaluation=True)
+    results = [result.to_dict() for result in evaluate_models(sessions, labelled)]
+    run.dense = results[0]
+    for (method, macs, seconds), result in zip(facts, results[1:], strict=True):
+        run.cells.append(Cell(row.definition(), method, result, macs, seconds))
+
+
+def statistics_for(analysis: Analysis, rows: Iterable[Row], data: Iterator[Batch], samples: int) -> Statistics:
+    """One pass over the first samples that measures what every method needs for these rows."""
+    kinds = {kind for row in rows for kind in row.kinds}
+    groups = [group for group in analysis.structure.groups if group.kind in kinds]
     pairs = [group for group in groups if group.kind == "qk"]
     tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
-    sites = analysis.structure.sites
-    deps, gains = analysis.dependencies, tuple(analysis.gains.values())
-    return collect(analysis.graph, deps, sites, pairs, tensors, data, pair_groups=pairs, gain_sites=gains)
+    sites, fit = analysis.structure.sites, first(data, samples)
+    return collect(analysis.graph, analysis.dependencies, sites, pairs, tensors, fit, pair_groups=pairs)
 
 
-Row = tuple[str, float] | float
+def first(data: Iterator[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until that many samples have come; the rest stays in the iterator."""
+    seen = 0
+    for batch in data:
+        yield batch
+        seen += batch.count
+        if seen >= samples:
+            return
 
 
-def widths(bench: Bench, row: Row, method: str, selector: Selector, loss: Loss) -> Mapping[str, int]:
-    """Kept neurons by group of one cell."""
-    groups = [group for group in bench.analysis.structure.groups if group.kind in KINDS]
-    if isinstance(row, tuple):
-        return uniform([group for group in groups if group.kind == row[0]], row[1])
-    if method == "full, auto":
-        return allocate(groups, bench.analysis.cost, row, "macs", 1, selector, loss).counts
-    return to_cost(groups, bench.analysis.cost, row)
+def fill(options: argparse.Namespace, results: Results) -> Run:
+    """Measure the cells that are asked for and not known yet."""
+    analysis = analyse_model(options.model)
+    run = results.run(settings(options, analysis))
+    rows = {row.title: row for row in rows_for(analysis)}
+    methods = chosen(METHODS, options.methods, "method")
+    missing: dict[str, list[str]] = {}
+    for title in chosen(rows, options.rows, "row"):
+        asked = [method for method in methods if applies(method, rows[title])]
+        missing[title] = [method for method in asked if run.find(rows[title].definition(), method) is None]
+    todo = [rows[title] for title, wanted in missing.items() if wanted]
+    if not todo:
+        return run
+    data = iter(open_for([options.model], options.calibration, samples=options.samples + options.unseen))
+    bench = Bench(analysis, statistics_for(analysis, todo, data, options.samples), list(data))
+    if not bench.unseen:
+        raise DataError(f"there are no calibration images beyond the {options.samples} that methods are fitted to")
+    for row in todo:
+        measure_row(bench, row, missing[row.title], run, options)
+        run.sort(list(rows))
+        results.save()
+    return run
 
 
-def cell(bench: Bench, row: Row, method: str) -> tuple[object, float]:
-    """A session on the cut model of one cell, and the seconds it took to make."""
-    start = time.perf_counter()
-    reconstruction = bench.reconstruction(method)
-    selector = bench.selector(method, reconstruction)
-    loss = Loss(bench.analysis, reconstruction, bench.unseen)
-    plan = Plan("", selector.entries(widths(bench, row, method, selector, loss)))
-    applied = apply(bench.analysis, plan, reconstruction.weights(plan))
-    feed = {name: array[:1] for name, array in bench.unseen[0].inputs.items()}
-    prove(bench.analysis, applied, [feed])
-    return applied.graph.session(), time.perf_counter() - start
+def settings(options: argparse.Namespace, analysis: Analysis) -> dict[str, Any]:
+    """All that every cell depends on."""
+    tools = [Path(__file__), Path(__file__).with_name("rivals.py")]
+    package = Path(onnxsnp.__file__).parent
+    return {
+        "model": fingerprint(analysis.model),
+        "calibration": digest_of_data(options.calibration),
+        "data": digest_of_data(options.data),
+        "samples": options.samples,
+        "unseen": options.unseen,
+        "eval_samples": options.eval_samples,
+        "sources": digest_of_sources([*package.rglob("*.py"), *tools]),
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
-def title(row: Row) -> str:
-    return f"{row[0]} {row[1]:.0%}" if isinstance(row, tuple) else f"all, {row:.0%} of MACs"
-
-
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line if no arguments are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--calibration", type=Path, default=None, help="generated images if not given")
-    parser.add_argument("--data", type=Path, required=True, help="labelled images")
+    parser.add_argument("--data", type=Path, default=None, help="labelled images")
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
     parser.add_argument("--unseen", type=int, default=16, help="further images for the allocation (default 16)")
     parser.add_argument("--eval-samples", type=int, default=None, help="labelled images (default: all)")
-    parser.add_argument("--out", type=Path, default=None, help="write the results as JSON")
-    options = parser.parse_args()
-    analysis = analyse_model(options.model)
-    data = iter(open_for([options.model], options.calibration, samples=options.samples + options.unseen))
-    fit = list(itertools.islice(data, options.samples // 8))
-    bench = Bench(analysis, measure(analysis, iter(fit)), list(data))
-    del fit
-    rows: list[Row] = [*SINGLE, *SHARES]
-    keys, sessions, seconds = [], [as_graph(analysis.model).session()], []
-    for row in rows:
-        for method in METHODS:
-            if isinstance(row, tuple) and method == "full, auto":
-                continue  # one kind at a fixed share leaves nothing to allocate
-            session, took = cell(bench, row, method)
-            keys.append((title(row), method))
-            sessions.append(session)
-            seconds.append(took)
-            print(f"# {title(row)}, {method}: {took:.1f} s", flush=True)
-    labelled = open_for([options.model], options.data, samples=options.eval_samples, evaluation=True)
-    results = evaluate_models(sessions, labelled)
-    report(options, keys, results)
-    if options.out is not None:
-        found = {f"{row} | {method}": result.to_dict() for (row, method), result in zip(keys, results[1:], strict=True)}
-        options.out.write_text(json.dumps({"dense": results[0].to_dict(), **found}, indent=1))
+    parser.add_argument("--rows", nargs="+", default=None, help="only rows with one of these in their name")
+    parser.add_argument("--methods", nargs="+", default=None, help="only columns with one of these in their name")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file that is read, added to and written")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of --out")
+    options = parser.parse_args(arguments)
+    if options.table and options.out is None:
+        parser.error("--table needs --out")
+    if not options.table and (options.model is None or options.data is None):
+        parser.error("--model and --data are needed to measure")
+    return options
 
 
-def report(options: argparse.Namespace, keys: list[tuple[str, str]], results: list[Evaluation]) -> None:
-    dense = results[0]
-    table = dict(zip(keys, results[1:], strict=True))
-    print(
-        f"top-1 (points lost) on {dense.count} images; dense {dense.top1:.2f} %; {options.samples} calibration images"
-    )
-    print(f"| cut | {' | '.join(METHODS)} |")
-    print("|---|" + "---|" * len(METHODS))
-    for row in dict.fromkeys(key[0] for key in keys):
-        cells = []
-        for method in METHODS:
-            result = table.get((row, method))
-            lost = "" if result is None else f"{result.top1:.2f} ({dense.top1 - result.top1:.2f})"
-            cells.append(lost or "–")
-        print(f"| {row} | {' | '.join(cells)} |")
+def main() -> None:
+    options = parse()
+    results = Results(options.out)
+    try:
+        runs = results.runs if options.table else [fill(options, results)]
+    except OnnxSnpError as error:
+        raise SystemExit(f"{error}") from error
+    for run in runs:
+        print(table(run, METHODS), end="\n\n")
 
 
 if __name__ == "__main__":
