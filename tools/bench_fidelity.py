@@ -131,7 +131,8 @@ def statistics_for(analysis: Analysis, rows: Iterable[Row], data: Iterator[Batch
     pairs = [group for group in groups if group.kind == "qk"]
     tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
     sites, fit = analysis.structure.sites, first(data, samples)
-    return collect(analysis.graph, analysis.dependencies, sites, pairs, tensors, fit, pair_groups=pairs)
+    deps, gains = analysis.dependencies, tuple(analysis.gains.values())
+    return collect(analysis.graph, deps, sites, pairs, tensors, fit, pair_groups=pairs, gain_sites=gains)
 
 
 def first(data: Iterator[Batch], samples: int) -> Iterator[Batch]:
