@@ -83,7 +83,7 @@ def to_cost(
 
     Args:
         share: part of the whole model's cost to remove, in [0, 1).
-        what: "macs" or "params".
+        what: "macs", "params" or "latency".
 
     Raises:
         PlanError: the groups cannot give that much. (Where single steps are coarser than 1 % of the share, the nearest
@@ -140,7 +140,7 @@ def _trim(
             continue
         kept[group.id] -= step
         after = price(kept)
-        if target - after > now - target:  # this step would miss by more than staying does
+        if after >= now or target - after > now - target:  # saves nothing, or misses by more than staying does
             kept[group.id] += step
             continue
         now = after
