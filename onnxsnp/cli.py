@@ -223,6 +223,10 @@ def prune(
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
         target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
+        if latency_table is not None and target is not None:
+            written = [target.resolve(), target.with_suffix(".json").resolve()]
+            if latency_table.resolve() in written:  # it may not exist yet
+                raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:

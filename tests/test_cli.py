@@ -261,6 +261,9 @@ def test_a_latency_table_that_cannot_be_used(here: Path, exports: Path) -> None:
     assert "cannot read latency table ." in bad("prune", "net.onnx", *SHORT, *options, ".")
     assert bad("prune", "net.onnx", *SHORT, "-r", "0.1", "--latency-table", "t.json").endswith("add --of latency")
     assert "overwrite the input" in bad("prune", "net.onnx", *SHORT, *options, "t.json", "--dry-run", "-o", "t.json")
+    for name in ("s.json", "s.onnx"):  # the run record, and the model, which are not there yet
+        says = f"{name} cannot be both the latency table and an output; rename one"
+        assert bad("prune", "net.onnx", *SHORT, *options, name, "-o", "s.onnx") == says
 
 
 def test_the_table_shows_latency_unless_it_is_left_out(here: Path) -> None:

@@ -181,7 +181,7 @@ def rounds_for(
 def compare_latency(
     sessions: Sequence[Session],
     feed: Mapping[str, np.ndarray],
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """A short paired measurement of two models, as plain data for the run record.

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,17 +278,19 @@ class LayerLatency:
 
     def _calibration(self, table: LatencyTable, analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
         """Savings of the whole model against the sums over layers, both ascending from 0, to where nothing is left."""
-        sums = [0.0]
+        points = [(0.0, 0.0)]
         for one in table.whole[1:]:
-            sums.append(self._sum({analysis.groups[name].atom: kept for name, kept in one.kept.items()}))
-        order = np.argsort(sums, kind="stable")
-        ascending = np.asarray(sums)[order]
-        savings = isotonic(np.maximum(self._base - np.asarray([one.ms for one in table.whole]), 0.0)[order])
+            kept = {analysis.groups[name].atom: kept for name, kept in one.kept.items()}
+            points.append((self._sum(kept), max(self._base - one.ms, 0.0)))
+        points.sort()
+        points = points[:1] + [point for before, point in pairwise(points) if point[0] > before[0]]
+        sums, savings = np.asarray([point[0] for point in points]), isotonic(np.asarray([point[1] for point in points]))
         most = self._sum({atom: int(curve.widths[0]) for atom, curve in self._curves.items()})
-        run = ascending[-1] - ascending[-2]
-        slope = (savings[-1] - savings[-2]) / run if run > 0 else 0.0
-        end = savings[-1] + slope * (most - ascending[-1])
-        return np.append(ascending, most), np.append(savings, min(end, self._base))
+        if most <= sums[-1]:
+            return sums, savings
+        slope = (savings[-1] - savings[-2]) / (sums[-1] - sums[-2]) if len(points) > 1 else 1.0
+        end = min(savings[-1] + slope * (most - sums[-1]), 0.999 * self._base)  # something always stays
+        return np.append(sums, most), np.append(savings, max(end, savings[-1]))
 
     def total(self, sizes: Mapping[int, int]) -> float:
         """Milliseconds per sample after a cut.

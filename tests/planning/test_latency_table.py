@@ -173,6 +173,15 @@ def test_whole_models_say_how_much_the_sums_of_layers_are(analysis: Analysis) ->
     assert LayerLatency(nothing, analysis, scoped(analysis)).total(sizes) == base.ms
 
 
+def test_whole_models_that_could_not_be_made_narrower_say_nothing(analysis: Analysis) -> None:
+    """Where widths come in multiples of the full size; the two whole models are then equal, but for noise."""
+    table = table_of(analysis, linear)
+    full = table.whole[0]
+    latency = LayerLatency(replace(table, whole=(full, replace(full, ms=0.9 * full.ms))), analysis, scoped(analysis))
+    atom = analysis.groups["ffn.0"].atom
+    assert latency.total({}) == full.ms and latency.total({atom: 48}) == pytest.approx(full.ms - 4 * 0.75 / 2)
+
+
 def test_layers_that_share_a_product_do_not_save_it_twice() -> None:
     """Three widths one behind the other, time in proportion to multiply-accumulates: the cost model itself."""
     analysis = analyse_model(graphs.mlp(16, 64, 48, 32, 8))
