@@ -30,7 +30,8 @@ from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
-from onnxsnp.planning.latency import LatencyTable, measure_table, table_for
+from onnxsnp.planning.latency import measure_table, table_for
+from onnxsnp.planning.latency_table import LatencyTable
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
@@ -450,7 +451,8 @@ class _Run:
         if analysis.cost.latency.machine != here:
             self.notes.append(f"latency was planned for {analysis.cost.latency.machine}, and measured on {here}")
         elif abs(got - (options.ratio or 0.0)) > _OFF:
-            self.notes.append(f"the table expected {expected:.1%} less latency, measured are {got:.1%}")
+            asked = f"{options.ratio or 0.0:.1%} of the latency were asked"
+            self.notes.append(f"{asked}, the table expected {expected:.1%}, measured are {got:.1%}")
 
     def _write(
         self,

@@ -22,17 +22,8 @@ from onnxsnp.evaluation.layers import TimedModel, find_layers, model_signature
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.allocation import off_target, to_cost
 from onnxsnp.planning.automatic import _item, knapsack
-from onnxsnp.planning.latency import (
-    LatencyTable,
-    LayerLatency,
-    LayerTimes,
-    WholeTime,
-    isotonic,
-    measure_table,
-    read_table,
-    table_for,
-    write_table,
-)
+from onnxsnp.planning.latency import LayerLatency, isotonic, measure_table, table_for
+from onnxsnp.planning.latency_table import LatencyTable, LayerTimes, WholeTime, read_table, write_table
 
 Price = Callable[[str, float], float]  # (kind of group, width as a share of the full size) -> ms of the layer
 
