@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
-from onnxsnp.planning.allocation import TOLERANCE
+from onnxsnp.planning.allocation import TOLERANCE, too_much
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
 
@@ -149,10 +148,7 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
 
     least = spent([0] * len(items))
     if least > budget * (1 + 1e-9):
-        raise PlanError(
-            f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
-            hint="lower --ratio or widen --scope",
-        )
+        raise too_much(what, 1 - least / total, share)
     low, high = 0.0, 1.0
     while spent(chosen(high)) > budget:
         high *= 4

@@ -142,7 +142,7 @@ def test_a_width_in_a_flat_stretch_goes_to_the_end_where_time_drops(analysis: An
 def test_more_than_layers_can_save_is_refused_in_percent_of_latency(analysis: Analysis) -> None:
     cost = priced(analysis, linear)
     for plan in (to_cost, None):
-        with pytest.raises(PlanError, match=r"can remove at most \d\d\.\d% of the latency, 90\.0% were asked"):
+        with pytest.raises(PlanError, match=r"most \d\d\.\d% of the latency, 90\.0% were asked; .* busy machine"):
             to_cost(scoped(analysis), cost, 0.9, "latency") if plan else solved(analysis, cost, 0.9)
 
 
