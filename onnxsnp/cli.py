@@ -97,8 +97,8 @@ def prune(
         typer.Option(
             "--ratio",
             "-r",
-            help="Share to remove, 0 ≤ R < 1: of the model's MACs (--allocation auto), or of each group's "
-            "neurons (--allocation uniform).",
+            help="Share to remove, 0 ≤ R < 1: of the model's MACs, or what --of says (--allocation auto), or of each "
+            "group's neurons (--allocation uniform).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -149,9 +149,20 @@ def prune(
     of: Annotated[
         str,
         typer.Option(
-            help="What --ratio is a share of with --allocation auto: macs or params.", rich_help_panel=_METHOD
+            help="What --ratio is a share of with --allocation auto: macs, params, or latency (of one sample, measured "
+            "on this machine).",
+            rich_help_panel=_METHOD,
         ),
     ] = "macs",
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --of latency: the times of the model's layers, from another run or device; where there is no "
+            "such file yet they are measured and written there.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     scope: Annotated[
         str | None,
         typer.Option(
@@ -195,6 +206,10 @@ def prune(
     ] = False,
     threads: Threads = None,
     provider: Provider = "cpu",
+    no_latency: Annotated[
+        bool,
+        typer.Option("--no-latency", help="Do not time the model before and after.", rich_help_panel=_MACHINE),
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -207,7 +222,11 @@ def prune(
         from onnxsnp.report import terminal
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
-        target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or "")])
+        target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
+        if latency_table is not None and target is not None:
+            written = [target.resolve(), target.with_suffix(".json").resolve()]
+            if latency_table.resolve() in written:  # it may not exist yet
+                raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:
@@ -221,6 +240,8 @@ def prune(
                 progress=progress,
                 allocation=allocation,
                 of=of,
+                latency_table=latency_table,
+                latency=not no_latency,
                 scope=scope,
                 compensation=compensation,
                 criterion=criterion,

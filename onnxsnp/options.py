@@ -16,6 +16,7 @@ from onnxsnp.scoring.criteria import CRITERIA
 
 PAPER_SAMPLES = 64
 DEFAULT_SAMPLES = 256
+COSTS = ("macs", "params", "latency")
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Options:
     ratio: float | None = None
     allocation: str = "auto"
     of: str = "macs"
+    latency_table: str | Path | None = None
     scope: str | Sequence[str] | None = None
     compensation: str = "full"
     criterion: str = "snp"
@@ -39,6 +41,7 @@ class Options:
     provider: str = "cpu"
     seed: int = 0
     input_shapes: Mapping[str, Sequence[int]] | None = None
+    latency: bool = True
 
     @property
     def fit_samples(self) -> int:
@@ -55,8 +58,10 @@ class Options:
             raise unknown("criterion", self.criterion, CRITERIA)
         if self.compensation not in COMPENSATIONS:
             raise unknown("compensation", self.compensation, COMPENSATIONS)
-        if self.of not in ("macs", "params"):
-            raise unknown("cost", self.of, ("macs", "params"))
+        if self.of not in COSTS:
+            raise unknown("cost", self.of, COSTS)
+        if self.latency_table is not None and self.of != "latency":
+            raise PlanError(f"a latency table says nothing about {self.of}", hint="add --of latency")
         if self.provider not in ("cpu", "cuda"):
             raise unknown("provider", self.provider, ("cpu", "cuda"))
         if self.multiple_of < 1:

@@ -20,6 +20,8 @@ from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
+from onnxsnp.evaluation.latency import compare_latency, machine
+from onnxsnp.evaluation.layers import local_timer
 from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
@@ -28,6 +30,8 @@ from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
+from onnxsnp.planning.latency import measure_table, table_for
+from onnxsnp.planning.latency_table import LatencyTable
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
@@ -38,6 +42,7 @@ from onnxsnp.verbs import choose_preprocess, class_names
 _TUNING = 16  # samples the fit does not see, for measuring sensitivities
 _JUDGING = 32  # samples neither fit nor allocation sees, for judging the result; half as many where nothing is fitted
 _BATCH = 8
+_OFF = 0.05  # of the latency: how far a measured saving may be from the one asked for without a note
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,6 +119,8 @@ class _Run:
             analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
             mark = fingerprint(analysis.model)
         plan = self._given_plan(analysis, mark)
+        if plan is None and self.options.allocation == "auto" and self.options.of == "latency":
+            analysis = self._with_latency(analysis)
         counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
@@ -132,6 +139,8 @@ class _Run:
         applied, proof = self._cut(analysis, plan, reconstruction, sample)
         record["verification"] = vars(proof)
         self._compare(record, analysis, applied.graph, held)
+        if applied.cuts and self.options.latency:
+            self._time(record, analysis, applied, sample)
         graph = applied.graph if applied.cuts else None
         del applied
         json.dumps(record, allow_nan=False)  # before anything is written: a record that cannot be is no result
@@ -150,6 +159,26 @@ class _Run:
         plan = given if isinstance(given, Plan) else read_plan(given)
         check_plan(plan, analysis.groups, mark)
         return plan
+
+    def _with_latency(self, analysis: Analysis) -> Analysis:
+        """The analysis with the measured latency of its layers in its cost model."""
+        options, groups = self.options, self._scoped(analysis)
+
+        def measure() -> LatencyTable:
+            return measure_table(
+                analysis,
+                groups,
+                local_timer(options.threads, options.provider),
+                machine(options.threads, options.provider),
+                multiple=options.multiple_of,
+                seed=options.seed,
+                progress=lambda done, total: self.progress("measure layers", done, total),
+            )
+
+        with self.stage("measure layers"):
+            latency = table_for(analysis, groups, options.latency_table, measure)
+        give_back()
+        return replace(analysis, cost=replace(analysis.cost, latency=latency))
 
     def _scoped(self, analysis: Analysis) -> list[Group]:
         """The groups that may be cut."""
@@ -347,6 +376,7 @@ class _Run:
             "ratio": options.ratio,
             "allocation": options.allocation,
             "of": options.of,
+            "latency_table": None if options.latency_table is None else str(options.latency_table),
             "scope": scope,
             "criterion": options.criterion,
             "compensation": options.compensation,
@@ -399,6 +429,31 @@ class _Run:
                 record["agreement"] = agreement(sessions[0], sessions[1], held)
         if options.eval_data is not None:
             record["accuracy"] = self._evaluate(analysis, sessions)
+
+    def _time(self, record: dict[str, Any], analysis: Analysis, applied: Applied, sample: Batch) -> None:
+        """Time original and cut model side by side, one sample a run where the model leaves that open."""
+        options, here = self.options, machine(self.options.threads, self.options.provider)
+        with self.stage("time"):
+            sessions = [
+                graph.timed_session(threads=options.threads, provider=options.provider)
+                for graph in (analysis.original, applied.graph)
+            ]
+            feed = _feeds(analysis.graph, sample)[0]
+            found = compare_latency(sessions, feed, progress=lambda done, total: self.progress("time", done, total))
+        del sessions
+        give_back()
+        record["latency"] = {**found, "machine": here}
+        if analysis.cost.latency is None:
+            return
+        sizes = {cut.atom: cut.keep.shape[1] for cut in applied.cuts}
+        expected = 1 - analysis.cost.total("latency", sizes) / analysis.cost.total("latency")
+        record["latency"]["expected_speedup"] = 1 / (1 - expected)
+        got = 1 - 1 / found["speedup"]
+        if analysis.cost.latency.machine != here:
+            self.notes.append(f"latency was planned for {analysis.cost.latency.machine}, and measured on {here}")
+        elif abs(got - (options.ratio or 0.0)) > _OFF:
+            asked = f"{options.ratio or 0.0:.1%} of the latency were asked"
+            self.notes.append(f"{asked}, the table expected {expected:.1%}, measured are {got:.1%}")
 
     def _write(
         self,

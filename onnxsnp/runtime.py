@@ -102,6 +102,7 @@ def open_session(
     provider: str = "cpu",
     optimize: bool = True,
     prepack: bool = True,
+    external: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
 
@@ -111,6 +112,7 @@ def open_session(
         provider: `cpu` or `cuda`.
         optimize: False runs the graph exactly as written (needed when its own nodes are being looked at).
         prepack: False saves the second copy of every matrix that onnxruntime keeps in its own layout.
+        external: values of initializers that a serialized model declares as external data.
 
     Raises:
         ModelError: the file is missing, is not valid ONNX, uses operators that cannot run, or the provider is not
@@ -125,6 +127,8 @@ def open_session(
     options = _session_options(threads, optimize)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if external:
+        options.add_external_initializers(list(external), list(external.values()))
     try:
         session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=_provider_list(provider)

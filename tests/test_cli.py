@@ -238,6 +238,40 @@ def test_help_names_the_options_and_fits_the_terminal(verb: str, monkeypatch: py
     assert verb in good("--help")
 
 
+def test_latency_can_be_asked_for_and_its_table_kept(here: Path) -> None:
+    """On a model this small noise decides what can be saved, so the times in the file are replaced by plain ones."""
+    options = ("--of", "latency", "--latency-table", "t.json", "--json")
+    prune("-r", "0", *options)
+    table = json.loads(Path("t.json").read_text())
+    for times in table["layers"].values():
+        times["ms"] = [1 + width / times["widths"][-1] for width in times["widths"]]
+    table["whole"] = [{**one, "ms": 20 - 3 * number} for number, one in enumerate(table["whole"])]
+    Path("t.json").write_text(json.dumps(table))
+    record = json.loads(prune("-r", "0.15", "-o", "s.onnx", *options))
+    assert record["settings"]["of"] == "latency" and record["settings"]["latency_table"] == "t.json"
+    assert record["latency"]["expected_speedup"] == pytest.approx(1 / 0.85, rel=0.05)
+    halves = [group["after"] / group["before"] for group in record["groups"] if group["kind"] in ("qk", "v", "ffn")]
+    assert np.mean(halves) == pytest.approx(0.75, abs=0.05)  # the second of the whole models takes 15 % less
+
+
+def test_a_latency_table_that_cannot_be_used(here: Path, exports: Path) -> None:
+    Path("t.json").write_text("{}")
+    options = ("-r", "0.1", "--of", "latency", "--latency-table")
+    assert bad("prune", "net.onnx", *SHORT, *options, "t.json").startswith("t.json is not a latency table: ")
+    assert "cannot read latency table ." in bad("prune", "net.onnx", *SHORT, *options, ".")
+    assert bad("prune", "net.onnx", *SHORT, "-r", "0.1", "--latency-table", "t.json").endswith("add --of latency")
+    assert "overwrite the input" in bad("prune", "net.onnx", *SHORT, *options, "t.json", "--dry-run", "-o", "t.json")
+    for name in ("s.json", "s.onnx"):  # the run record, and the model, which are not there yet
+        says = f"{name} cannot be both the latency table and an output; rename one"
+        assert bad("prune", "net.onnx", *SHORT, *options, name, "-o", "s.onnx") == says
+
+
+def test_the_table_shows_latency_unless_it_is_left_out(here: Path) -> None:
+    assert re.search(r"^latency at batch 1 +[0-9.]+ ms +[0-9.]+ ms +[+-][0-9.]+%$", prune("-r", "0.3"), re.M)
+    assert "latency" not in prune("-r", "0.3", "--no-latency")
+    assert "latency" not in json.loads(Path("net.pruned.json").read_text())
+
+
 def test_prune_help_teaches_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = good("prune", "--help")
@@ -251,7 +285,19 @@ def test_prune_help_teaches_the_choices(monkeypatch: pytest.MonkeyPatch) -> None
         "imagenet",
     ):
         assert word in text
-    for option in ("ratio", "allocation", "of", "scope", "criterion", "compensation", "plan", "dry-run", "eval-data"):
+    for option in (
+        "no-latency",
+        "latency-table",
+        "ratio",
+        "allocation",
+        "of",
+        "scope",
+        "criterion",
+        "compensation",
+        "plan",
+        "dry-run",
+        "eval-data",
+    ):
         assert f"--{option} " in text
 
 

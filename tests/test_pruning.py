@@ -72,6 +72,82 @@ def test_the_share_that_was_asked_for_is_what_the_file_lacks(model: onnx.ModelPr
     assert [round(total) for total in totals] == [found.record[side][what] for side in ("before", "after")]
 
 
+def by_macs(*options: Any) -> Any:
+    """Stands in for the timer: a machine that does a million multiply-accumulates in 1 ms."""
+
+    def timed(models: Any, progress: Any = None) -> np.ndarray:
+        return np.asarray([[analyse_model(one.graph.to_proto()).cost.total("macs") / 1e6 for one in models]])
+
+    return timed
+
+
+def measured(speedup: float) -> Any:
+    """Stands in for the measurement of both models."""
+    return lambda *args, **options: {"before_ms": speedup, "after_ms": 1.0, "speedup": speedup, "rounds": 1, "batch": 1}
+
+
+@pytest.mark.parametrize("compensation", ["none", "full"])
+def test_the_share_of_latency_that_was_asked_for_is_what_the_table_gives(
+    model: onnx.ModelProto, compensation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "local_timer", by_macs)
+    monkeypatch.setattr(pruning, "compare_latency", measured(1 / 0.7))
+    options: dict[str, Any] = {"of": "latency", "compensation": compensation, "latency_table": tmp_path / "t.json"}
+    found = pruned(model, 0.3, **options)
+    before, after = (found.record[side]["macs"] for side in ("before", "after"))
+    assert 1 - after / before == pytest.approx(0.3, rel=0.011)
+    assert found.record["latency"]["expected_speedup"] == pytest.approx(before / after)
+    assert found.record["settings"]["of"] == "latency" and "measure layers" in found.record["seconds"]
+    assert not any("latency" in note for note in found.record["notes"])
+    monkeypatch.setattr(pruning, "local_timer", None)  # the file is used from here on
+    assert pruned(model, 0.3, dry_run=True, **options).plan.groups == found.plan.groups
+
+
+@pytest.mark.parametrize(("speedup", "noted"), [(1 / 0.66, False), (1 / 0.76, True), (1.0, True), (1 / 0.6, True)])
+def test_a_saving_that_is_not_the_one_asked_for_is_noted(
+    model: onnx.ModelProto, speedup: float, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "local_timer", by_macs)
+    monkeypatch.setattr(pruning, "compare_latency", measured(speedup))
+    notes = pruned(model, 0.3, of="latency", compensation="none", criterion="l2").record["notes"]
+    told = [note for note in notes if "the table expected 30." in note or "the table expected 29." in note]
+    assert len(told) == noted and all(f"measured are {1 - 1 / speedup:.1%}" in note for note in told)
+
+
+def test_times_of_another_machine_are_not_compared(
+    model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "local_timer", by_macs)
+    monkeypatch.setattr(pruning, "compare_latency", measured(1.0))
+    options: dict[str, Any] = {"of": "latency", "compensation": "none", "latency_table": tmp_path / "t.json"}
+    pruned(model, 0.3, dry_run=True, **options)
+    data = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps({**data, "machine": "a Jetson"}))
+    notes = pruned(model, 0.3, **options).record["notes"]
+    assert any(note.startswith("latency was planned for a Jetson, and measured on ") for note in notes)
+    assert not any("the table expected" in note for note in notes)
+
+
+def test_every_cut_model_is_timed_beside_the_original(result: PruneResult, model: onnx.ModelProto) -> None:
+    found = result.record["latency"]
+    assert min(found["before_ms"], found["after_ms"], found["speedup"]) > 0 and found["rounds"] >= 1
+    assert found["batch"] == 1 and "cpu" in found["machine"] and "expected_speedup" not in found
+    assert "time" in result.record["seconds"]
+    assert "latency" not in pruned(model, latency=False).record
+    assert "latency" not in pruned(model, dry_run=True).record
+    assert "latency" not in pruned(model, 0.0).record
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "plan"])
+def test_what_is_not_allocated_needs_no_table(
+    model: onnx.ModelProto, allocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "local_timer", None)
+    plan = pruned(model, dry_run=True, allocation="uniform").plan if allocation == "plan" else None
+    options = {"plan": plan} if plan is not None else {"allocation": allocation}
+    assert "measure layers" not in pruned(model, None if plan else 0.3, of="latency", **options).record["seconds"]
+
+
 def test_uniform_allocation_takes_the_same_share_of_each_group(model: onnx.ModelProto) -> None:
     record = pruned(model, 0.25, allocation="uniform", scope="qk,ffn").record
     sizes = {group["id"]: (group["before"], group["after"]) for group in record["groups"]}
@@ -239,7 +315,9 @@ def zero(values: dict[str, np.ndarray], graph: Any, name: str, axis: int, dead: 
         ({"ratio": None}, "no ratio was given"),
         ({"ratio": 0.99}, "can remove at most"),
         ({"compensation": "magic"}, "unknown compensation 'magic'"),
-        ({"of": "latency"}, "unknown cost 'latency'"),
+        ({"of": "time"}, "unknown cost 'time'"),
+        ({"latency_table": "t.json"}, "a latency table says nothing about macs; add --of latency"),
+        ({"of": "latency", "scope": "qk,residual"}, "'residual' cannot be measured layer by layer"),
         ({"multiple_of": 0}, "must be 1 or more"),
         ({"allocation": "absent.json", "ratio": None}, "no such allocation"),
         ({"plan": "absent.json", "ratio": None}, "cannot read plan"),

@@ -6,9 +6,9 @@ model; and it needs at most 1 GB of memory beyond the size of the model.
 How: for the shapes of DeiT-T, S and B (random weights) and generated images that are stored as one array, so that no
 picture is decoded in either measurement. *Forward*: the images through an onnxruntime session in batches of 8; opening
 the session is not counted. *Prune*: the whole call, from the file to the written file, verification and comparison
-included; imports are not counted. Every prune runs in a process of its own, whose peak is what the kernel says of that
-process (`getrusage`), Python and all libraries included. Same number of threads everywhere; medians of --runs runs, for
-memory the largest. Close other programs first.
+included, without the timing of both models (`latency=False`); imports are not counted. Every prune runs in a process of
+its own, whose peak is what the kernel says of that process (`getrusage`), Python and all libraries included. Same
+number of threads everywhere; medians of --runs runs, for memory the largest. Close other programs first.
 
 `prune` gets 48 images more, which it holds back to tune the allocation and to judge the result on.
 
@@ -79,7 +79,7 @@ def prune(job: dict[str, Any]) -> dict[str, Any]:
     imported = _peak()
     start = time.perf_counter()
     result = call(job["model"], job["ratio"], calibration=job["data"], samples=job["samples"],
-                  compensation=job["compensation"], threads=job["threads"], output=job["output"])
+                  compensation=job["compensation"], threads=job["threads"], output=job["output"], latency=False)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "stages": result.record["seconds"], "peak": _peak(), "imported": imported}
 

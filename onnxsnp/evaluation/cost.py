@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from onnx import NodeProto
@@ -25,6 +26,15 @@ class Term:
     atoms: tuple[int, ...]
 
 
+class Measured(Protocol):
+    """A cost that is measured instead of counted, and where (see `onnxsnp.planning.latency`)."""
+
+    machine: str
+
+    def total(self, sizes: Mapping[int, int]) -> float: ...
+    def at_widths(self, atom: int, widths: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass
 class CostModel:
     """Cost of a graph and of every cut of it.
@@ -32,27 +42,53 @@ class CostModel:
     Attributes:
         macs: multiply-accumulates of one sample, per operator (MatMul, Gemm, Conv, Einsum, Attention).
         params: entries of floating-point weights, each weight of the file once; scalars do not count.
+        latency: milliseconds of one sample, where layers have been measured.
     """
 
     macs: list[Term]
     params: list[Term]
     dependencies: Dependencies
+    latency: Measured | None = None
 
     def total(self, what: str, sizes: Mapping[int, int] | None = None) -> float:
         """Cost after a cut.
 
         Args:
-            what: "macs" or "params".
+            what: "macs", "params" or "latency".
             sizes: new size of each cut factor; the uncut cost if None.
+
+        Raises:
+            ValueError: latency was not measured.
         """
+        if what == "latency":
+            return self._measured().total(sizes or {})
         terms: list[Term] = getattr(self, what)
         if not sizes:
             return sum(term.value for term in terms)
         ratio = {atom: size / self.dependencies.size(atom) for atom, size in sizes.items()}
         return sum(term.value * float(np.prod([ratio[atom] for atom in term.atoms if atom in ratio])) for term in terms)
 
+    def at_widths(self, what: str, atom: int, widths: np.ndarray) -> np.ndarray:
+        """The part of the cost that changes with one factor, at each of its sizes; all else is uncut.
+
+        Args:
+            what: as in `total`.
+            widths: [n] sizes of the factor.
+
+        Returns:
+            [n] costs, from which only differences matter: what the factor's operators cost besides may be in or not.
+        """
+        if what == "latency":
+            return self._measured().at_widths(atom, widths)
+        return self.share(what, atom) / self.dependencies.size(atom) * widths
+
+    def _measured(self) -> Measured:
+        if self.latency is None:
+            raise ValueError("the latency of this model's layers has not been measured")
+        return self.latency
+
     def share(self, what: str, atom: int) -> float:
-        """Cost of everything that shrinks when a factor is cut."""
+        """Cost of everything that shrinks when a factor is cut (what is "macs" or "params")."""
         terms: list[Term] = getattr(self, what)
         return sum(term.value for term in terms if atom in term.atoms)
 

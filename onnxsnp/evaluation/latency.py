@@ -7,19 +7,30 @@ machine.
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxsnp.calibration.data import open_dataset
 from onnxsnp.errors import ModelError
-from onnxsnp.runtime import InputSpec, Model, describe_model, input_specs, model_bytes, open_session, run_session
+from onnxsnp.runtime import (
+    InputSpec,
+    Model,
+    Session,
+    describe_model,
+    input_specs,
+    model_bytes,
+    open_session,
+    run_session,
+)
 
-if TYPE_CHECKING:
-    import onnxruntime as ort
+_LEAST, _MOST = 5, 100  # rounds of a short measurement
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,70 @@ def measure_rounds(
     return times[warmup:]
 
 
+def rounds_for(
+    runners: Sequence[Callable[[], object]],
+    seconds: float,
+    least: int,
+    most: int,
+    progress: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> np.ndarray:
+    """As `measure_rounds`, with as many rounds as fit a time. The last of one or two of warm-up tells how many.
+
+    Args:
+        seconds: for the timed rounds, roughly.
+        least: rounds, unless they take three times as long as that; one there is always.
+        most: rounds, however short they are.
+    """
+    one = float(measure_rounds(runners, 1, 0, clock=clock).sum()) / 1000
+    if one < seconds:
+        one = float(measure_rounds(runners, 1, 0, clock=clock).sum()) / 1000
+    rounds = max(1, min(most, int(max(seconds, min(least * one, 3 * seconds)) / one))) if one > 0 else most
+    return measure_rounds(runners, rounds, 0, progress, clock)
+
+
+def compare_latency(
+    sessions: Sequence[Session],
+    feed: Mapping[str, np.ndarray],
+    seconds: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """A short paired measurement of two models, as plain data for the run record.
+
+    Args:
+        sessions: the original and the smaller model, opened as they will run (`Graph.timed_session`).
+        feed: inputs of both.
+        seconds: for all rounds, roughly; few rounds of a large model take up to three times as long.
+
+    Returns:
+        `before_ms`, `after_ms` (medians per run), `speedup` (median of the ratios within the rounds) and its quartiles
+        `speedup_interval`, `rounds`, `batch`.
+    """
+    runners = [_runner(session, dict(feed)) for session in sessions]
+    times = rounds_for(runners, seconds, _LEAST, _MOST, progress)
+    before, after = summarise(times, 0), summarise(times, 1)
+    return {
+        "before_ms": before.median,
+        "after_ms": after.median,
+        "speedup": after.speedup,
+        "speedup_interval": list(after.speedup_interval),
+        "rounds": after.runs,
+        "batch": len(next(iter(feed.values()))),
+    }
+
+
+def machine(threads: int | None, provider: str) -> str:
+    """Where times are measured, in words."""
+    import onnxruntime as ort
+
+    cpu = platform.processor() or platform.machine()
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        names = [line.partition(":")[2].strip() for line in listed.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {os.cpu_count()} cores, {threads or 'all'} threads, {provider}, onnxruntime {ort.__version__}"
+
+
 def round_order(number: int, count: int) -> list[int]:
     """Who runs when in a round: each takes every place in turn, and every other cycle goes backwards.
 
@@ -175,7 +250,7 @@ def summarise(times: np.ndarray, number: int) -> Latency:
     )
 
 
-def _runner(session: ort.InferenceSession, feed: dict[str, np.ndarray]) -> Callable[[], object]:
+def _runner(session: Session, feed: dict[str, np.ndarray]) -> Callable[[], object]:
     return lambda: run_session(session, feed)
 
 

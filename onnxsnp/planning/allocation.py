@@ -83,7 +83,7 @@ def to_cost(
 
     Args:
         share: part of the whole model's cost to remove, in [0, 1).
-        what: "macs" or "params".
+        what: "macs", "params" or "latency".
 
     Raises:
         PlanError: the groups cannot give that much. (Where single steps are coarser than 1 % of the share, the nearest
@@ -106,10 +106,7 @@ def to_cost(
 
     least = price(counts(1.0))
     if least > target * (1 + 1e-9) and total > 0:
-        raise PlanError(
-            f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
-            hint="lower --ratio or widen --scope",
-        )
+        raise too_much(what, 1 - least / total, share)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -117,6 +114,15 @@ def to_cost(
     kept = counts(low)
     _trim(groups, kept, low, multiple, price, target)
     return kept
+
+
+def too_much(what: str, most: float, share: float) -> PlanError:
+    """The error for a share of the cost that the groups cannot give."""
+    quiet = "; on a busy machine times say little, above all with several --threads" if what == "latency" else ""
+    return PlanError(
+        f"this scope can remove at most {most:.1%} of the {what}, {share:.1%} were asked",
+        hint=f"lower --ratio or widen --scope{quiet}",
+    )
 
 
 def off_target(counts: Mapping[str, int], groups: Mapping[str, Group], cost: CostModel, share: float, what: str) -> str:
@@ -140,7 +146,7 @@ def _trim(
             continue
         kept[group.id] -= step
         after = price(kept)
-        if target - after > now - target:  # this step would miss by more than staying does
+        if after >= now or target - after > now - target:  # saves nothing, or misses by more than staying does
             kept[group.id] += step
             continue
         now = after

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
-from onnxsnp.planning.allocation import TOLERANCE
+from onnxsnp.planning.allocation import TOLERANCE, too_much
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
 
@@ -44,7 +43,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Item:
-    """One group of the knapsack: the widths it may have, the loss and the cost at each."""
+    """One group of the knapsack: the widths it may have, the loss and the cost (never less for more) at each."""
 
     group: Group
     widths: np.ndarray
@@ -66,7 +65,7 @@ def allocate(
 
     Args:
         share: part of the whole model's cost to remove.
-        what: "macs" or "params".
+        what: "macs", "params" or "latency".
         progress: called with (measurements done, measurements in all).
 
     Raises:
@@ -127,9 +126,7 @@ def _probed(curve: np.ndarray) -> int:
 
 def _item(group: Group, losses: np.ndarray, cost: CostModel, what: str, multiple: int) -> _Item:
     widths = np.unique(np.append(np.arange(min(multiple, group.size), group.size + 1, multiple), group.size))
-    costs = np.asarray([cost.total(what, {group.atom: int(width)}) for width in (0, group.size)])
-    slope = (costs[1] - costs[0]) / group.size
-    return _Item(group, widths, losses[widths], slope * widths)
+    return _Item(group, widths, losses[widths], cost.at_widths(what, group.atom, widths))
 
 
 def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -> dict[str, int]:
@@ -151,10 +148,7 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
 
     least = spent([0] * len(items))
     if least > budget * (1 + 1e-9):
-        raise PlanError(
-            f"this scope can remove at most {1 - least / total:.1%} of the {what}, {share:.1%} were asked",
-            hint="lower --ratio or widen --scope",
-        )
+        raise too_much(what, 1 - least / total, share)
     low, high = 0.0, 1.0
     while spent(chosen(high)) > budget:
         high *= 4
@@ -173,22 +167,24 @@ def _step_down(
 ) -> None:
     """From just above the budget, take the cheapest single steps that do not miss it by more than the slack.
 
-    A dearer step goes first where it is finer. If every step is too coarse, the cheapest that comes closer is taken, or
-    none. What a step saves is measured on the whole model: where one group reads another it depends on both widths.
+    A step goes to the next width that costs less, past those that cost the same. A dearer one goes first where it is
+    finer. If every step is too coarse, the cheapest that comes closer is taken, or none. What a step saves is measured
+    on the whole model: where one group reads another it depends on both widths.
     """
     now = spent(picks)
     while now > budget:
+        steps = [
+            int(np.searchsorted(item.costs, item.costs[pick])) - 1 for item, pick in zip(items, picks, strict=True)
+        ]
         rates = [
-            (item.losses[pick - 1] - item.losses[pick]) / (item.costs[pick] - item.costs[pick - 1])
-            if pick and item.costs[pick] > item.costs[pick - 1]
-            else np.inf
-            for item, pick in zip(items, picks, strict=True)
+            (item.losses[step] - item.losses[pick]) / (item.costs[pick] - item.costs[step]) if step >= 0 else np.inf
+            for item, pick, step in zip(items, picks, steps, strict=True)
         ]
         coarse: list[tuple[float, int]] = []
         for best in np.argsort(rates, kind="stable").tolist():
             if not np.isfinite(rates[best]):
                 continue
-            missed = budget - spent([pick - (index == best) for index, pick in enumerate(picks)])
+            missed = budget - spent([steps[best] if index == best else pick for index, pick in enumerate(picks)])
             if missed <= min(slack, now - budget):
                 break
             coarse.append((missed, best))
@@ -197,5 +193,5 @@ def _step_down(
             if not closer:
                 return
             missed, best = closer[0]
-        picks[best] -= 1
+        picks[best] = steps[best]
         now = budget - missed

@@ -124,6 +124,14 @@ def _before_after(record: Mapping[str, Any]) -> Table:
             f"{after['bytes'] / 1e6:.2f} MB",
             _percent(before["bytes"], after["bytes"]),
         )
+    latency = record.get("latency")
+    if latency is not None:
+        table.add_row(
+            f"latency at batch {latency['batch']}",
+            f"{latency['before_ms']:.2f} ms",
+            f"{latency['after_ms']:.2f} ms",
+            f"{1 / latency['speedup'] - 1:+.1%}",
+        )
     accuracy = record.get("accuracy")
     if accuracy is not None:
         old, new = accuracy["before"], accuracy["after"]

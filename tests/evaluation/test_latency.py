@@ -13,7 +13,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsnp.errors import ModelError
-from onnxsnp.evaluation.latency import bench_inputs, bench_models, measure_rounds, round_order, summarise
+from onnxsnp.evaluation import latency as module
+from onnxsnp.evaluation.latency import (
+    bench_inputs,
+    bench_models,
+    compare_latency,
+    machine,
+    measure_rounds,
+    round_order,
+    rounds_for,
+    summarise,
+)
 from onnxsnp.runtime import InputSpec
 
 
@@ -109,3 +119,25 @@ def test_input_shapes_set_dynamic_sizes_and_must_fit() -> None:
 def test_impossible_numbers_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ModelError, match=r"must be \d or more"):
         bench_models([linear(4)], **bad)
+
+
+@pytest.mark.parametrize(
+    ("one", "rounds", "took"),
+    [(0.001, 100, 0.102), (0.1, 20, 2.2), (0.5, 5, 3.5), (1.0, 5, 7.0), (1.9, 3, 9.5), (3.0, 2, 9.0), (30.0, 1, 60.0)],
+)
+def test_a_short_measurement_has_rounds_for_a_few_seconds(one: float, rounds: int, took: float) -> None:
+    clock = FakeClock()
+    times = rounds_for([clock.runner("a", [one] * 200)], 2.0, 5, 100, clock=lambda: clock.now)
+    assert len(times) == rounds and clock.now == pytest.approx(took)
+
+
+def test_before_and_after_are_plain_data_with_the_ratio_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.array([[10.0, 5.0], [100.0, 50.0], [12.0, 3.0]])
+    monkeypatch.setattr(module, "rounds_for", lambda *args: times)
+    found = compare_latency([None, None], {"x": np.zeros((2, 3))})  # type: ignore[list-item]
+    assert found["before_ms"] == 12.0 and found["after_ms"] == 5.0 and found["speedup"] == 2.0
+    assert (found["rounds"], found["batch"]) == (3, 2) and json.loads(json.dumps(found)) == found
+
+
+def test_a_machine_is_described_with_what_decides_its_speed() -> None:
+    assert "3 threads, cpu, onnxruntime" in machine(3, "cpu") and "all threads" in machine(None, "cpu")

@@ -38,6 +38,10 @@ class Costs:
         products = sum(rate * now[one] * now[other] for one, other, rate in self.pairs)
         return self.fixed + products + sum(rate * now[atom] for atom, rate in enumerate(self.rates))
 
+    def at_widths(self, what: str, atom: int, widths: np.ndarray) -> np.ndarray:
+        slope = (self.total(what) - self.total(what, {atom: 0})) / self.sizes[atom]
+        return slope * widths
+
 
 def group(atom: int, size: int, kind: str = "ffn") -> Group:
     return Group(f"{kind}.{atom}", kind, size, 1, atom, (), (), (), ())

@@ -94,6 +94,13 @@ def test_accuracy_takes_the_place_of_agreement() -> None:
     assert "top-1 (64 samples)" in text and "-1.25" in text and "97.00 %" in text and "90.6 %" not in text
 
 
+def test_latency_stands_beside_the_other_costs() -> None:
+    times = {"before_ms": 16.3, "after_ms": 9.87, "speedup": 1.6, "batch": 1}
+    lines = [" ".join(line.split()) for line in shown(terminal.pruning, record(latency=times)).splitlines()]
+    at = lines.index("latency at batch 1 16.30 ms 9.87 ms -37.5%")
+    assert lines[at - 1].startswith("file ") and lines[at + 1].startswith("same top-1")
+
+
 def test_notes_and_skipped_files_are_told() -> None:
     text = shown(terminal.pruning, record(notes=["one [b] note"], skipped=3), width=200)
     assert "note: one [b] note" in text and "note: 3 unreadable calibration files were skipped" in text
