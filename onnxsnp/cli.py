@@ -218,8 +218,8 @@ def prune(
 
     def work() -> None:
         from onnxsnp.pruning import prune as prune_model
-        from onnxsnp.pruning import write_record
         from onnxsnp.report import terminal
+        from onnxsnp.writing import write_record
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
         target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxsnp._version import __version__
 from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
@@ -22,24 +21,27 @@ from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
 from onnxsnp.evaluation.latency import compare_latency, machine
 from onnxsnp.evaluation.layers import local_timer
-from onnxsnp.evaluation.verify import Verification, check_file, prove, tolerance
+from onnxsnp.evaluation.verify import Verification, prove
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
-from onnxsnp.model import Model, give_back, save, whole_file
+from onnxsnp.model import Model, give_back, whole_file
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.latency import measure_table, table_for
 from onnxsnp.planning.latency_table import LatencyTable
-from onnxsnp.planning.plan import Plan, as_cuts, check_plan, fingerprint, read_plan
+from onnxsnp.planning.plan import Plan, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
+from onnxsnp.record import new_record, settings
+from onnxsnp.refinement import refine
 from onnxsnp.runtime import InputSpec
-from onnxsnp.surgery.apply import Applied, apply, finished, to_model
+from onnxsnp.surgery.apply import Applied, apply
 from onnxsnp.verbs import choose_preprocess, class_names
+from onnxsnp.writing import builder, write_model
 
-_TUNING = 16  # samples the fit does not see, for measuring sensitivities
+_TUNING = 32  # samples the fit does not see, for measuring sensitivities and what refitting is worth
 _JUDGING = 32  # samples neither fit nor allocation sees, for judging the result; half as many where nothing is fitted
 _BATCH = 8
 _OFF = 0.05  # of the latency: how far a measured saving may be from the one asked for without a note
@@ -129,14 +131,19 @@ class _Run:
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
         third = len(rest) * self._tuning // (self._tuning + self._judging)
         unseen, held = rest[:third], rest[third:]
+        loss = self._loss(analysis, reconstruction, unseen)
         if plan is None:
-            plan = self._make_plan(analysis, counts, statistics, reconstruction, unseen, mark)
+            plan = self._make_plan(analysis, counts, statistics, reconstruction, loss, mark)
         if not plan.settings:
-            plan = replace(plan, settings=self._settings(data))
-        record = self._record(analysis, plan, data)
+            plan = replace(plan, settings=settings(self.options, data))
+        record = new_record(analysis, plan, self.options, data)
+        record |= {"allocation": self.allocation, "notes": self.notes, "seconds": self.seconds}
         if dry_run:
             return PruneResult(plan, record)
-        applied, proof = self._cut(analysis, plan, reconstruction, sample)
+        updates = self._weights(record, analysis, plan, reconstruction, data, loss)
+        del statistics, reconstruction, loss
+        give_back()
+        applied, proof = self._cut(analysis, plan, updates, sample)
         record["verification"] = vars(proof)
         self._compare(record, analysis, applied.graph, held)
         if applied.cuts and self.options.latency:
@@ -241,7 +248,7 @@ class _Run:
         counts: Mapping[str, int] | None,
         statistics: Statistics,
         reconstruction: Reconstruction,
-        unseen: list[Batch],
+        loss: Loss | None,
         mark: str,
     ) -> Plan:
         """Choose widths if they are not given, and neurons."""
@@ -250,24 +257,21 @@ class _Run:
         selector = Selector(analysis, statistics, reconstruction, options.criterion, options.seed, surgeon=surgeon)
         if counts is None:
             with self.stage("allocate"):
-                counts = self._allocate(analysis, selector, reconstruction, unseen)
+                counts = self._allocate(analysis, selector, loss)
         if options.allocation == "auto":
             note = allocating.off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
             self.notes.extend([note] if note else [])
         with self.stage("score"):
             return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
 
-    def _allocate(
-        self, analysis: Analysis, selector: Selector, reconstruction: Reconstruction, unseen: list[Batch]
-    ) -> dict[str, int]:
+    def _allocate(self, analysis: Analysis, selector: Selector, loss: Loss | None) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
         options = self.options
         groups = [group for group in self._scoped(analysis) if selector.curve(group) is not None]
-        if not groups or not unseen:
+        if not groups or loss is None:
             why = "no group has an error curve" if not groups else "too few samples to measure sensitivities"
             self.notes.append(f"{why}: one ratio for all groups")
             return self._counts(analysis)
-        loss = Loss(analysis, reconstruction, unseen, threads=options.threads, provider=options.provider)
         found = allocate(
             groups,
             analysis.cost,
@@ -320,14 +324,18 @@ class _Run:
         given = self.options.preprocess
         return given if isinstance(given, Preprocess) else choose_preprocess(specs, analysis.model.metadata, given)
 
+    def _seen(self, data: Dataset) -> int:
+        """Samples to fit on: those asked for, or three quarters where there are too few to hold back all we would."""
+        total = data.samples
+        return min(self.options.fit_samples, total - min(self._tuning + self._judging, total // 4))
+
     def _calibrate(
         self, analysis: Analysis, data: Dataset, cut: Sequence[Group], plan: Plan | None
     ) -> tuple[Statistics, list[Batch], Batch]:
         """Measure what the plan needs on all but the last samples, which are held back."""
         options = self.options
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
-        total = data.samples
-        seen = min(options.fit_samples, total - min(self._tuning + self._judging, total // 4))
+        seen = self._seen(data)
         with self.stage("calibrate"):
             fit, held = _split(data, seen)
             first = next(fit)
@@ -353,14 +361,46 @@ class _Run:
                 )
         return statistics, held, first
 
-    def _cut(
-        self, analysis: Analysis, plan: Plan, reconstruction: Reconstruction, sample: Batch
-    ) -> tuple[Applied, Verification]:
+    def _loss(self, analysis: Analysis, reconstruction: Reconstruction, unseen: list[Batch]) -> Loss | None:
+        """What measures plans on samples the fit has not seen; None without full compensation, or such samples."""
+        if self.options.compensation != "full" or not unseen:
+            return None
+        return Loss(analysis, reconstruction, unseen, threads=self.options.threads, provider=self.options.provider)
+
+    def _weights(
+        self,
+        record: dict[str, Any],
+        analysis: Analysis,
+        plan: Plan,
+        reconstruction: Reconstruction,
+        data: Dataset,
+        loss: Loss | None,
+    ) -> dict[str, np.ndarray]:
+        """The weights that make up for the cut: one-shot, then refitted in the order of the graph."""
         updates: dict[str, np.ndarray] = {}
         if self.options.compensation != "none":
             with self.stage("refit"):
                 updates = reconstruction.weights(plan)
-        give_back()
+        if loss is None or not any(entry.kept < entry.size for entry in plan.groups):
+            return updates
+        with self.stage("refit in order"):
+            refined = refine(
+                analysis,
+                plan,
+                updates,
+                _split(data, self._seen(data))[0],
+                loss,
+                threads=self.options.threads,
+                provider=self.options.provider,
+                progress=lambda done, total: self.progress("refit in order", done, total),
+            )
+        record["steps"] = refined.report()
+        self.notes.extend(refined.notes())
+        return refined.updates
+
+    def _cut(
+        self, analysis: Analysis, plan: Plan, updates: Mapping[str, np.ndarray], sample: Batch
+    ) -> tuple[Applied, Verification]:
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):
@@ -369,54 +409,24 @@ class _Run:
         give_back()
         return applied, proof
 
-    def _settings(self, data: Dataset) -> dict[str, Any]:
-        options = self.options
-        scope = options.scope if options.scope is None or isinstance(options.scope, str) else ",".join(options.scope)
-        return {
-            "ratio": options.ratio,
-            "allocation": options.allocation,
-            "of": options.of,
-            "latency_table": None if options.latency_table is None else str(options.latency_table),
-            "scope": scope,
-            "criterion": options.criterion,
-            "compensation": options.compensation,
-            "rank": options.rank,
-            "samples": options.fit_samples,
-            "calibration": data.description,
-            "multiple_of": options.multiple_of,
-            "seed": options.seed,
-            "version": __version__,
-        }
-
-    def _record(self, analysis: Analysis, plan: Plan, data: Dataset) -> dict[str, Any]:
-        cuts = as_cuts(plan, analysis.groups)
-        sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
-        kept = {entry.id: entry.kept for entry in plan.groups}
-        before, after = (
-            {what: round(analysis.cost.total(what, new)) for what in ("params", "macs")} for new in (None, sizes)
-        )
-        return {
-            "output": None,
-            "before": {**before, "bytes": analysis.model.bytes},
-            "after": {**after, "bytes": None},
-            "groups": [
-                {
-                    "id": group.id,
-                    "kind": group.kind,
-                    "before": group.size,
-                    "heads": group.heads,
-                    "after": kept.get(group.id, group.size),
-                }
-                for group in analysis.structure.groups
-                if group.kind != "head"
-            ],
-            "settings": {**self._settings(data)},
-            "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
-            "skipped": data.skipped_count,
-            "allocation": self.allocation,
-            "notes": self.notes,
-            "seconds": self.seconds,
-        }
+    def _write(
+        self,
+        record: dict[str, Any],
+        analysis: Analysis,
+        graph: Graph | None,
+        feeds: list[dict[str, np.ndarray]],
+        output: str | Path | None,
+    ) -> Callable[[], onnx.ModelProto]:
+        """Write the model, if it is to be written; return how to get it again."""
+        if output is None:
+            build = builder(analysis, graph)
+            record["after"]["bytes"] = build().ByteSize()
+            return build
+        with self.stage("write"):
+            record["output"] = str(output)
+            opened = {"threads": self.options.threads, "provider": self.options.provider}
+            record["after"]["bytes"] = write_model(analysis, graph, feeds, output, **opened)
+        return partial(onnx.load, str(output))
 
     def _compare(self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch]) -> None:
         """Run original and cut model side by side: on held-back samples, and on labelled data if there is any."""
@@ -455,35 +465,6 @@ class _Run:
             asked = f"{options.ratio or 0.0:.1%} of the latency were asked"
             self.notes.append(f"{asked}, the table expected {expected:.1%}, measured are {got:.1%}")
 
-    def _write(
-        self,
-        record: dict[str, Any],
-        analysis: Analysis,
-        graph: Graph | None,
-        feeds: list[dict[str, np.ndarray]],
-        output: str | Path | None,
-    ) -> Callable[[], onnx.ModelProto]:
-        """Write the model (the original if `graph` is None) and check the written file; return how to get it again."""
-        build = partial(to_model, graph) if graph is not None else partial(original_proto, analysis.model)
-        if output is None:
-            record["after"]["bytes"] = build().ByteSize()
-            return build
-        with self.stage("write"):
-            check, proto, weights = None, analysis.model.proto, analysis.model.weights
-            if graph is not None:
-                session = graph.opened(self.options.threads, self.options.provider)
-                expected = [session.run(None, feed) for feed in feeds]
-                check = partial(check_file, expected, feeds, tolerance(graph.weights))
-                del session
-                graph.close()
-                ready = finished(graph)
-                proto, weights = ready.bare_proto(), ready.weights
-            analysis.original.close()
-            give_back()
-            record["output"] = str(output)
-            record["after"]["bytes"] = save(proto, output, check, weights)
-        return partial(onnx.load, str(output))
-
     def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:
         data = self._labelled(analysis)
         with self.stage("evaluate"):
@@ -493,12 +474,6 @@ class _Run:
                 progress=lambda done, total: self.progress("evaluate", done, total),
             )
         return {"before": before.to_dict(), "after": after.to_dict()}
-
-
-def write_record(text: str, path: str | Path) -> None:
-    """Write a text file whole or not at all."""
-    with whole_file(path) as part:
-        part.write_text(text)
 
 
 def _split(data: Dataset, seen: int) -> tuple[Iterator[Batch], list[Batch]]:
@@ -528,12 +503,3 @@ def _feeds(graph: Graph, batch: Batch) -> list[dict[str, np.ndarray]]:
     if not free:
         return [batch.inputs]
     return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(2, batch.count)})]
-
-
-def original_proto(model: Model) -> onnx.ModelProto:
-    """The model as it was read, weights inside."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    for name, array in model.weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
-    return proto

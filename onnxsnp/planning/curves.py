@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,11 +41,24 @@ class Loss:
         self._session = analysis.graph.session(threads=threads, provider=provider, feed=weights)
         self._reference = [self._session.run(None, batch.inputs) for batch in batches]
 
-    def __call__(self, entries: Sequence[GroupPlan]) -> float:
-        """Mean KL of the softmax of the logits where there are any, else the relative squared error of the outputs."""
-        weights = masked_weights(self._analysis, entries, self._reconstruction)
+    def __call__(self, entries: Sequence[GroupPlan], samples: int | None = None) -> float:
+        """Loss of a plan with the weights that the reconstruction gives it.
+
+        Args:
+            samples: measure on the first batches that hold this many, not on all.
+
+        Returns:
+            Mean KL of the softmax of the logits where there are any, else the relative squared error of the outputs.
+        """
+        return self.of(entries, self._reconstruction.weights(Plan("", list(entries))), samples)
+
+    def of(self, entries: Sequence[GroupPlan], updates: Mapping[str, np.ndarray], samples: int | None = None) -> float:
+        """Loss of a plan with given weights (original shapes); arguments otherwise as for a call."""
+        weights = masked_weights(self._analysis, entries, updates)
         total, count = 0.0, 0
         for batch, reference in zip(self._batches, self._reference, strict=True):
+            if samples is not None and count >= samples:
+                break
             outputs = self._session.run(None, batch.inputs, weights)
             total += batch.count * sum(
                 distance(want[: batch.count], got[: batch.count])
@@ -66,9 +79,8 @@ def distance(reference: np.ndarray, outputs: np.ndarray) -> float:
 
 
 def masked_weights(
-    analysis: Analysis, entries: Sequence[GroupPlan], reconstruction: Reconstruction
+    analysis: Analysis, entries: Sequence[GroupPlan], updates: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The analysed graph's weights under a plan, in their original shapes, zero where something is cut."""
-    plan = Plan("", list(entries))
-    cuts = as_cuts(plan, analysis.groups)
-    return mask_weights(analysis.graph, analysis.dependencies, cuts, reconstruction.weights(plan))
+    cuts = as_cuts(Plan("", list(entries)), analysis.groups)
+    return mask_weights(analysis.graph, analysis.dependencies, cuts, updates)

@@ -150,7 +150,7 @@ def test_biases_of_a_few_entries_are_replaced_too() -> None:
     reconstruction = reconstruction_of(analysis, data, "full")
     group = analysis.groups["v.0"]
     entries = [graphs.keeping(group, [[0]] * group.heads)]
-    weights = masked_weights(analysis, entries, reconstruction)
+    weights = masked_weights(analysis, entries, reconstruction.weights(Plan("", entries)))
     assert weights["/blocks.0/attn/proj.b"].size == 12
     value = Loss(analysis, reconstruction, data, threads=1)(entries)
     plan = Plan("", entries)
@@ -168,7 +168,7 @@ def test_masked_weights_in_the_original_shapes_are_the_cut_model(name: str) -> N
     analysis, data = case(name)
     reconstruction = reconstruction_of(analysis, data, "full")
     plan = graphs.random_plan(cuttable(analysis), np.random.default_rng(0))
-    weights = masked_weights(analysis, plan.groups, reconstruction)
+    weights = masked_weights(analysis, plan.groups, reconstruction.weights(plan))
     graph = analysis.graph.copy()
     assert all(
         array.shape == graph.weights[key].shape and array.dtype == graph.weights[key].dtype

@@ -1,0 +1,60 @@
+"""The run record: what `onnxsnp prune` says about a run, as plain data for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxsnp._version import __version__
+from onnxsnp.analysis import Analysis
+from onnxsnp.calibration.data import Dataset
+from onnxsnp.options import Options
+from onnxsnp.planning.plan import Plan, as_cuts
+
+
+def settings(options: Options, data: Dataset) -> dict[str, Any]:
+    """How a plan was made."""
+    scope = options.scope if options.scope is None or isinstance(options.scope, str) else ",".join(options.scope)
+    return {
+        "ratio": options.ratio,
+        "allocation": options.allocation,
+        "of": options.of,
+        "latency_table": None if options.latency_table is None else str(options.latency_table),
+        "scope": scope,
+        "criterion": options.criterion,
+        "compensation": options.compensation,
+        "rank": options.rank,
+        "samples": options.fit_samples,
+        "calibration": data.description,
+        "multiple_of": options.multiple_of,
+        "seed": options.seed,
+        "version": __version__,
+    }
+
+
+def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) -> dict[str, Any]:
+    """All that is known about a run before anything is cut."""
+    cuts = as_cuts(plan, analysis.groups)
+    sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
+    kept = {entry.id: entry.kept for entry in plan.groups}
+    before, after = (
+        {what: round(analysis.cost.total(what, new)) for what in ("params", "macs")} for new in (None, sizes)
+    )
+    return {
+        "output": None,
+        "before": {**before, "bytes": analysis.model.bytes},
+        "after": {**after, "bytes": None},
+        "groups": [
+            {
+                "id": group.id,
+                "kind": group.kind,
+                "before": group.size,
+                "heads": group.heads,
+                "after": kept.get(group.id, group.size),
+            }
+            for group in analysis.structure.groups
+            if group.kind != "head"
+        ],
+        "settings": settings(options, data),
+        "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
+        "skipped": data.skipped_count,
+    }
