@@ -28,6 +28,8 @@ from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.scoring.snp import qk_scores
 
 _WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
+_WIDE, _BANDS = 256, 4  # second moments of activations this wide are computed in so many bands
+_STRIPE = 512  # rows mirrored at a time
 
 
 @dataclass
@@ -151,26 +153,42 @@ def collect(
                 _add_pairs(result.pairs, group, dependencies, values, query, key)
             if group.id in gains:
                 _add_overlap(result.overlaps, gains[group.id], dependencies, values, query, key)
-        for name, (second, total, size) in wanted.items():
-            _add(result.moments, name, values.pop(second), values.pop(total), int(values[size]))
+        for name, (bands, total, size) in wanted.items():
+            _add(result.moments, name, [values.pop(band) for band in bands], values.pop(total), int(values[size]))
         result.samples += batch.count
         if progress is not None:
             progress(result.samples)
     scorer.flush()
+    for held in result.moments.values():
+        _mirror(held.second)
     return result
 
 
-def _add(moments: dict[str, Moments], name: str, second: np.ndarray, total: np.ndarray, entries: int) -> None:
+def _add(
+    moments: dict[str, Moments], name: str, bands: Sequence[np.ndarray], total: np.ndarray, entries: int
+) -> None:
+    """Add one batch; of the second moments only what is on and right of the diagonal blocks."""
     if not np.isfinite(total).all():
         raise DataError(
             f"activation '{name}' is not finite on the calibration data",
             hint="check the preprocessing, or the model in float32",
         )
-    width = second.shape[0]
+    width = bands[0].shape[1]
     held = moments.setdefault(name, Moments(np.zeros((width, width)), np.zeros(width)))
-    held.second += second
+    for band in bands:
+        start = width - band.shape[1]
+        held.second[start : start + len(band), start:] += band
     held.total += total.reshape(-1)
     held.count += entries // width
+
+
+def _mirror(matrix: np.ndarray) -> None:
+    """Fill, in place, what is below the diagonal from what is above it."""
+    for start in range(0, len(matrix), _STRIPE):
+        stop = start + _STRIPE
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        block = matrix[start:stop, start:stop]
+        block[...] = np.triu(block) + np.triu(block, 1).T
 
 
 class _Scorer:
@@ -301,17 +319,29 @@ class _Builder:
         self.outputs.extend([gram, mean, count])
         return _Operand(gram, mean, count, axes)
 
-    def moments(self, tensor: str) -> tuple[str, str, str]:
-        """XᵀX, Σx and the number of entries of an activation with its features last."""
+    def moments(self, tensor: str) -> tuple[list[str], str, str]:
+        """XᵀX, Σx and the number of entries of an activation with its features last.
+
+        XᵀX is symmetric, so of a wide one only bands to the right of the diagonal are computed: 5/8 of it with four.
+        """
         width = self._deps.facts.shapes[tensor][-1]
         flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
-        second = self._node("Gemm", [flat, flat], transA=1)
+        bands = []
+        step = -(-width // _BANDS) if width >= _WIDE else width
+        for start in range(0, width, step):
+            right = self._columns(flat, start, width) if start else flat
+            band = self._columns(right, 0, step) if step < width - start else right
+            bands.append(self._node("Gemm", [band, right], transA=1))
         mean = self._mean(flat, 0)
         size = self._node("Size", [flat])
         rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
         total = self._node("Mul", [mean, rows])
-        self.outputs.extend([second, total, size])
-        return second, total, size
+        self.outputs.extend([*bands, total, size])
+        return bands, total, size
+
+    def _columns(self, tensor: str, start: int, stop: int) -> str:
+        bounds = [self._constant(np.asarray([value])) for value in (start, stop, 1)]
+        return self._node("Slice", [tensor, *bounds])
 
     def _operand(self, axis: Axis, tokens: Axis) -> tuple[str, int, int, int]:
         """The tensor to read, its rank, and where in it the contracted and the token axis are."""

@@ -2,7 +2,8 @@
 
 Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
 measured by cutting the group alone. The knapsack over these curves is the start; since single-group sensitivities do
-not simply add up, the balance between the kinds of groups is then refined on the joint loss of whole plans.
+not simply add up, the balance between the kinds of groups, and between early and late blocks, is then refined on the
+joint loss of whole plans.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from onnxsnp.planning.allocation import TOLERANCE, too_much
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
 
+ALONE = 16  # samples on which groups are measured alone; whole plans are measured on all there are
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
 NOTHING = 3e-5  # share of the error of a single neuron below which a width counts as lossless
-_STEPS = (2.0, 1.4)  # factors by which the weight of a kind of groups is changed while refining
+_STEPS = (2.0, 1.4)  # factors by which weights are changed while refining
+DEPTH = "depth"  # key of the factor between the last and the middle block
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Allocation:
     Attributes:
         counts: kept neurons by group id.
         sensitivity: by group id, the loss when the group alone loses `REMOVED` of its neurons (or more, see `_probed`).
-        balance: by kind, the factor that refining put on the sensitivities.
+        balance: the factors that refining put on the sensitivities: by kind, and under `DEPTH` that of the last block
+            (its inverse for the first, between them in proportion to the depth, on a logarithmic scale).
         loss: joint loss of the plan; start is that of the knapsack's first answer.
     """
 
@@ -73,13 +77,14 @@ def allocate(
     """
     curves = {group.id: curve for group in groups if (curve := selector.curve(group)) is not None}
     known = [group for group in groups if group.id in curves]
-    refinements = 2 * len(_STEPS) * (len({group.kind for group in known}) - 1)
-    total = len(known) + 1 + refinements
+    kinds = list(dict.fromkeys(group.kind for group in known))
+    knobs = [*kinds[1:], *([DEPTH] if len(known) > len(kinds) else [])]
+    total = len(known) + 1 + 2 * len(_STEPS) * len(knobs)
     done = 0
 
-    def measured(counts: Mapping[str, int]) -> float:
+    def measured(counts: Mapping[str, int], samples: int | None = None) -> float:
         nonlocal done
-        value = loss(selector.entries(counts))
+        value = loss(selector.entries(counts), samples)
         done += 1
         if progress is not None:
             progress(done, total)
@@ -88,29 +93,41 @@ def allocate(
     scale, sensitivity = {}, {}
     for group in known:
         kept = _probed(curves[group.id])
-        sensitivity[group.id] = measured({group.id: kept})
+        sensitivity[group.id] = measured({group.id: kept}, ALONE)
         scale[group.id] = sensitivity[group.id] / max(float(curves[group.id][kept]), np.finfo(np.float64).tiny)
 
+    depth = _depths(known)
+
     def solved(balance: Mapping[str, float]) -> dict[str, int]:
+        factors = {name: scale[name] * balance[DEPTH] ** depth[name] for name in scale}
         items = [
-            _item(group, curves[group.id] * scale[group.id] * balance[group.kind], cost, what, multiple)
+            _item(group, curves[group.id] * factors[group.id] * balance[group.kind], cost, what, multiple)
             for group in known
         ]
         return knapsack(items, cost, what, share)
 
-    balance = {group.kind: 1.0 for group in known}
+    balance = {**dict.fromkeys(kinds, 1.0), DEPTH: 1.0}
     best = solved(balance)
     start = value = measured(best)
     for step in _STEPS:
-        for kind in list(balance)[1:]:
+        for knob in knobs:
             for factor in (step, 1 / step):
-                trial = {**balance, kind: balance[kind] * factor}
+                trial = {**balance, knob: balance[knob] * factor}
                 counts = solved(trial)
                 now = measured(counts) if counts != best else value
                 if now < value:
                     balance, best, value = trial, counts, now
                     break
     return Allocation(best, sensitivity, balance, value, start)
+
+
+def _depths(groups: Sequence[Group]) -> dict[str, float]:
+    """Where each group lies among those of its kind, −1 for the first to 1 for the last."""
+    found = {}
+    for kind in {group.kind for group in groups}:
+        mine = [group.id for group in groups if group.kind == kind]
+        found.update({name: 2 * index / max(len(mine) - 1, 1) - 1 for index, name in enumerate(mine)})
+    return found
 
 
 def _probed(curve: np.ndarray) -> int:

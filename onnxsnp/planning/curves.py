@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxsnp.calibration.data import Batch
 from onnxsnp.evaluation.accuracy import softmax_kl
+from onnxsnp.graph.branches import find_branches
+from onnxsnp.graph.ir import Graph, SharedSession
+from onnxsnp.graph.segments import Segment, segment_graph, segments
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
 from onnxsnp.reconstruction.full import Reconstruction
-from onnxsnp.surgery.rewrite import mask_weights
+from onnxsnp.surgery.rewrite import cut_graph, mask_weights
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
 
+_STARTS = 3  # places from which the network can be run on
+
+
+@dataclass
+class _Tail:
+    """The rest of the network from some place on.
+
+    Attributes:
+        first: index of its first node.
+        session: takes what was computed before, and every weight it reads.
+        weights: names of these weights.
+        states: what was computed before, per batch.
+    """
+
+    first: int
+    session: SharedSession
+    weights: frozenset[str]
+    states: list[dict[str, np.ndarray]]
+
+
 class Loss:
     """How far a plan moves the model's outputs.
 
-    One session serves every plan: cut neurons are masked, and the masked weights are fed to the session.
+    The same sessions serve every plan: cut neurons are masked, and the masked weights are fed. What a plan does not
+    change is not computed again: a plan that starts in the last third of the network runs only that. Where a width is
+    cut that a normalisation averages over, the network is really cut.
 
     Args:
         batches: samples that the fit has not seen.
@@ -36,10 +62,20 @@ class Loss:
         provider: str = "cpu",
     ) -> None:
         self._analysis, self._reconstruction = analysis, reconstruction
-        self._batches = batches
-        weights = {name for name, array in analysis.graph.weights.items() if array.dtype.kind == "f" and array.ndim}
-        self._session = analysis.graph.session(threads=threads, provider=provider, feed=weights)
-        self._reference = [self._session.run(None, batch.inputs) for batch in batches]
+        self._opened: dict[str, Any] = {"threads": threads, "provider": provider}
+        self._counts = [batch.count for batch in batches]
+        self._tails = _tails(analysis, batches, self._opened)
+        deps = analysis.dependencies
+        # zeros in place of channels would count in a mean over them
+        self._averaged = {atom for role in deps.facts.statistics for atom in deps.atoms(*role.axis)}
+        tail = self._tails[-1]
+        self._reference = [tail.session.run(None, state) for state in tail.states]
+        order = {node.name: index for index, node in enumerate(analysis.graph.nodes)}
+        readers = analysis.graph.readers()
+        self._read = {
+            name: min((order[node.name] for node, _ in readers.get(name, ())), default=len(order))
+            for name in analysis.graph.weights
+        }
 
     def __call__(self, entries: Sequence[GroupPlan], samples: int | None = None) -> float:
         """Loss of a plan with the weights that the reconstruction gives it.
@@ -54,19 +90,81 @@ class Loss:
 
     def of(self, entries: Sequence[GroupPlan], updates: Mapping[str, np.ndarray], samples: int | None = None) -> float:
         """Loss of a plan with given weights (original shapes); arguments otherwise as for a call."""
+        cuts = as_cuts(Plan("", list(entries)), self._analysis.groups)
+        if self._averaged & {cut.atom for cut in cuts}:
+            narrow = cut_graph(self._analysis.graph, self._analysis.dependencies, cuts, updates)
+            narrow.drop_dead()
+            return self._distance(narrow.session(**self._opened), self._tails[0].states, {}, samples)
         weights = masked_weights(self._analysis, entries, updates)
+        earliest = min((self._read[name] for name in weights), default=len(self._analysis.graph.nodes))
+        tail = next(tail for tail in reversed(self._tails) if tail.first <= earliest)
+        weights = {name: array for name, array in weights.items() if name in tail.weights}
+        return self._distance(tail.session, tail.states, weights, samples)
+
+    def _distance(
+        self,
+        session: SharedSession,
+        states: Sequence[dict[str, np.ndarray]],
+        weights: Mapping[str, np.ndarray],
+        samples: int | None,
+    ) -> float:
         total, count = 0.0, 0
-        for batch, reference in zip(self._batches, self._reference, strict=True):
+        for size, state, reference in zip(self._counts, states, self._reference, strict=True):
             if samples is not None and count >= samples:
                 break
-            outputs = self._session.run(None, batch.inputs, weights)
-            total += batch.count * sum(
-                distance(want[: batch.count], got[: batch.count])
+            outputs = session.run(None, state, weights)
+            total += size * sum(
+                distance(want[:size], got[:size])
                 for want, got in zip(reference, outputs, strict=True)
                 if want.dtype.kind == "f" and want.ndim
             )
-            count += batch.count
+            count += size
         return total / count
+
+
+def _tails(analysis: Analysis, batches: Sequence[Batch], opened: Mapping[str, Any]) -> list[_Tail]:
+    """The whole network, and its rests from a few places on the residual stream."""
+    graph = analysis.graph
+    streams = [branch.stream for branch in find_branches(graph, analysis.dependencies, analysis.linears)]
+    made = {name: index for index, node in enumerate(graph.nodes) for name in node.output}
+    early = min(made.get(name, -1) for name in graph.outputs)  # outputs must not lie before a start
+    streams = [name for name in streams if made[name] < early]
+    marks = [streams[len(streams) * part // _STARTS] for part in range(1, _STARTS)] if len(streams) >= _STARTS else []
+    feed = {name for name, array in graph.weights.items() if array.dtype.kind == "f" and array.ndim}
+    states: list[dict[str, np.ndarray]] = [dict(batch.inputs) for batch in batches]
+    found: list[_Tail] = []
+    first = 0
+    parts = segments(graph, marks)
+    for index, part in enumerate(parts):
+        rest = tuple(node for later in parts[index:] for node in later.nodes)
+        kinds = {name: array.dtype for name, array in states[0].items()}
+        tail = segment_graph(graph, Segment(rest, part.inputs, tuple(graph.outputs)), graph.outputs, kinds)
+        read = frozenset(feed & tail.weights.keys())
+        session = tail.session(feed=read, **opened)
+        mine = [{name: state[name] for name in tail.inputs} for state in states]
+        found.append(_Tail(first, session, read, mine))
+        if index + 1 < len(parts):
+            states = _advanced(graph, part, states, kinds, opened)
+            first += len(part.nodes)
+    return found
+
+
+def _advanced(
+    graph: Graph,
+    part: Segment,
+    states: Sequence[dict[str, np.ndarray]],
+    kinds: Mapping[str, np.dtype],
+    opened: Mapping[str, Any],
+) -> list[dict[str, np.ndarray]]:
+    """The states behind a segment."""
+    made = [name for name in part.outputs if name not in part.inputs]
+    between = segment_graph(graph, part, made, kinds)
+    session = between.session(**opened)
+    return [
+        {name: state[name] for name in part.outputs if name in part.inputs}
+        | dict(zip(made, session.run(made, {name: state[name] for name in between.inputs}), strict=True))
+        for state in states
+    ]
 
 
 def distance(reference: np.ndarray, outputs: np.ndarray) -> float:

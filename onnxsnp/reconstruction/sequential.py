@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.linalg import blas
 
 from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.data import Batch
@@ -32,6 +33,7 @@ from onnxsnp.graph.segments import Segment, segment_graph, segments
 from onnxsnp.reconstruction.refit import solve_positive
 from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, touched, weight_axes
 
+_ENOUGH = 48  # tokens per fitted row of a weight; neighbouring tokens say much the same
 STRENGTH = 3.0  # λ as a share of the mean variance of x
 
 State = dict[str, np.ndarray]
@@ -42,7 +44,10 @@ class Joint:
     """Joint second moments of a projection's input x and its target t, about zero.
 
     Attributes:
-        inputs: Σ xᵀx, [K, K]; cross: Σ xᵀt, [K, out]; total, wanted: Σ x [K] and Σ t [out]; count: tokens.
+        inputs: Σ xᵀx, [K, K], of which only the lower triangle is filled.
+        cross: Σ xᵀt, [K, out].
+        total, wanted: Σ x, [K], and Σ t, [out].
+        count: tokens.
     """
 
     inputs: np.ndarray
@@ -58,7 +63,7 @@ class Joint:
     def add(self, x: np.ndarray, target: np.ndarray) -> None:
         """Add tokens, [tokens, K] and [tokens, out]; products in single precision, sums in double."""
         x, target = (array.astype(np.float32, copy=False) for array in (x, target))
-        self.inputs += x.T @ x
+        self.inputs += blas.ssyrk(1.0, x.T, lower=1)  # half the work of x.T @ x
         self.cross += x.T @ target
         self.total += x.sum(axis=0, dtype=np.float64)
         self.wanted += target.sum(axis=0, dtype=np.float64)
@@ -73,6 +78,7 @@ class Joint:
         """
         mean, wanted = self.total / self.count, self.wanted / self.count
         inner, cross = self.inputs / self.count, self.cross / self.count
+        inner += np.tril(inner, -1).T
         if centred:
             inner, cross = inner - np.outer(mean, mean), cross - np.outer(mean, wanted)
         ridge = strength * float(np.trace(inner)) / len(inner) + np.finfo(np.float64).tiny
@@ -119,11 +125,12 @@ def refit_in_order(
     for index, branch in enumerate(branches):
         fit = _Fit(branch, narrow, frozenset(cut.needed(index)))
         ahead, behind = whole.step(index), cut.step(index, skip=branch)
+        every = _stride(states, branch, len(fit.weight))
         moved = []
         for original, pruned in states:
             moved.append((ahead(original), behind(pruned)))
             wanted = moved[-1][0][branch.stream]
-            fit.add(moved[-1][1], wanted if stream is None else _mapped(wanted, stream))
+            fit.add(moved[-1][1], wanted if stream is None else _mapped(wanted, stream), every)
         if not moved:
             return {}
         with single_threaded():
@@ -135,6 +142,14 @@ def refit_in_order(
         if progress is not None:
             progress(index + 1, len(branches))
     return found
+
+
+def _stride(states: Iterable[tuple[State, State]], branch: Branch, width: int) -> int:
+    """Every how manieth token is enough to fit on; all of them while it is not known how many there are."""
+    if not isinstance(states, list):
+        return 1
+    tokens = sum(original[branch.other].size // original[branch.other].shape[-1] for original, _ in states)
+    return max(1, tokens // (_ENOUGH * width))
 
 
 def _mapped(stream: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -188,6 +203,7 @@ class _Fit:
     bias: np.ndarray = field(init=False)
     scale: np.ndarray = field(init=False)
     joint: Joint = field(init=False)
+    batches: int = 0
 
     def __post_init__(self) -> None:
         linear, weights = self.branch.linear, self.narrow.weights
@@ -197,9 +213,13 @@ class _Fit:
         self.scale = weights[self.branch.scale].reshape(-1) if self.branch.scale else np.ones(out, self.weight.dtype)
         self.joint = Joint.empty(width, out)
 
-    def add(self, state: State, wanted: np.ndarray) -> None:
-        target = (wanted - state[self.branch.other]).reshape(-1, len(self.bias)) / self.scale
-        self.joint.add(self._inputs(state), target)
+    def add(self, state: State, wanted: np.ndarray, every: int) -> None:
+        """Take every so manieth token of a batch."""
+        start = self.batches % every  # else the same positions of every image would be left out
+        self.batches += 1
+        rows = slice(start, None, every)
+        wanted, other = (array.reshape(-1, len(self.bias))[rows] for array in (wanted, state[self.branch.other]))
+        self.joint.add(self._inputs(state)[rows], (wanted - other) / self.scale)
 
     def _inputs(self, state: State) -> np.ndarray:
         return state[self.branch.linear.data].reshape(-1, len(self.weight))

@@ -17,7 +17,7 @@ from onnxsnp.calibration.statistics import collect
 from onnxsnp.errors import PlanError
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning import allocation
-from onnxsnp.planning.automatic import REMOVED, Allocation, _item, allocate, knapsack
+from onnxsnp.planning.automatic import ALONE, DEPTH, REMOVED, Allocation, _item, allocate, knapsack
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
@@ -234,7 +234,8 @@ def run(
     asked: list[dict[str, int]] = []
     done: list[tuple[int, int]] = []
 
-    def measured(entries: dict[str, int]) -> float:
+    def measured(entries: dict[str, int], samples: int | None) -> float:
+        assert samples == (ALONE if len(asked) < len(groups) else None)  # whole plans are worth all samples
         asked.append(entries)
         return loss(entries)
 
@@ -275,7 +276,7 @@ def test_refining_never_ends_with_a_greater_loss_than_it_began(seed: int, share:
         kept = round(one.size * (1 - REMOVED))
         assert asked[int(one.id.split(".")[1])] == {one.id: kept}
         assert found.sensitivity[one.id] == loss({one.id: kept})
-    assert found.balance.keys() == {"qk", "v", "ffn"} and found.balance["qk"] == 1.0
+    assert found.balance.keys() == {"qk", "v", "ffn", DEPTH} and found.balance["qk"] == 1.0
 
 
 def test_refining_helps_where_kinds_add_up_unlike_single_groups() -> None:
@@ -291,6 +292,21 @@ def test_refining_helps_where_kinds_add_up_unlike_single_groups() -> None:
     found, _ = run(groups, costs, curves, loss, 0.3)
     assert found.loss < 0.95 * found.start and found.balance["ffn"] > 1
     assert min(found.counts[name] for name in ("ffn.2", "ffn.5")) > max(found.counts[name] for name in ("v.1", "qk.0"))
+
+
+def test_refining_moves_cuts_from_late_to_early_blocks_where_late_ones_do_more_harm_together() -> None:
+    costs = Costs([1.0] * 4, [32] * 4)
+    groups, _, _ = problem(0, costs, kinds=("ffn",) * 4)
+    curves = [(1 - np.arange(33) / 32) ** 2 for _ in groups]
+
+    def loss(counts: Mapping[str, int]) -> float:
+        parts = {name: curves[0][kept] for name, kept in counts.items()}
+        return float(sum(parts.values()) + 50 * parts.get("ffn.2", 0) * parts.get("ffn.3", 0))
+
+    found, _ = run(groups, costs, curves, loss, 0.3)
+    assert found.loss < 0.98 * found.start and found.balance[DEPTH] > 1
+    kept = [found.counts[one.id] for one in groups]
+    assert kept == sorted(kept) and kept[0] < kept[3]
 
 
 def test_where_single_losses_add_up_the_knapsack_is_the_answer() -> None:
@@ -333,7 +349,7 @@ def test_one_kind_and_groups_of_one_or_two_neurons_are_no_special_case() -> None
     groups, curves, _ = problem(0, costs)
     found, asked = run(groups, costs, curves, lambda counts: lost(curves, counts), 0.5)
     assert spent(costs, found.counts) == pytest.approx(26.5, abs=0.5) and found.counts["ffn.0"] == 1
-    assert len(asked) == 4 and found.balance == {"ffn": 1.0}
+    assert len(asked) == 4 and found.balance == {"ffn": 1.0, DEPTH: 1.0}
     with pytest.raises(PlanError, match="at most"):
         run(groups, costs, curves, lambda counts: lost(curves, counts), 0.99)
 
