@@ -22,7 +22,8 @@ from onnxsnp.graph.linear import Linear
 from onnxsnp.graph.paths import REARRANGE
 
 _MOVES = REARRANGE | {"Expand", "Concat", "Slice", "Gather", "Split", "ReduceMean"}  # each entry keeps its channel
-_SMALL = 1e-6  # of the largest gain: a channel with less cannot be seen behind the normalisation
+_FAINT = 1e-6  # of the largest gain ...
+_DROWNED = 1e-2  # ... or of its own shift: with less, moments in single precision say nothing about a channel
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class ResidualSite:
     def tensors(self) -> list[str]:
         """The activations whose second moments tell what the stream holds, one of each normalisation and selection."""
         return list(dict.fromkeys(linear.data for linear, _ in self.readers))
+
+
+def hidden_channels(scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Channels that cannot be told from the output of a normalisation, because their gain is too small; bool, [size].
+
+    Args:
+        scale, shift: γ and β, [size].
+    """
+    faint: np.ndarray = np.abs(scale) <= np.maximum(_FAINT * np.abs(scale).max(), _DROWNED * np.abs(shift))
+    return faint
 
 
 def find_residual(
@@ -199,9 +210,9 @@ class _Walk:
         for name in (scale, shift):
             if name is not None and (name not in weights or weights[name].size != self.group.size):
                 raise _Blocked(f"gain or shift of {node.name} is not one constant per channel")
-        gains = np.abs(weights[scale])
-        if gains.min() <= _SMALL * gains.max():
-            raise _Blocked(f"{node.name} hides a channel: its gain is zero")
+        shifts = weights[shift] if shift is not None else np.zeros(1)
+        if 2 * hidden_channels(weights[scale].reshape(-1), shifts.reshape(-1)).sum() > self.group.size:
+            raise _Blocked(f"{node.name} hides most channels: their gains are almost zero")
         self.states[output] = _State(Norm(scale, shift))
 
     def _spelled_norm(self, mean: NodeProto) -> None:

@@ -33,7 +33,7 @@ from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.statistics import Moments
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.linear import Linear
-from onnxsnp.graph.residual import Norm, ResidualSite
+from onnxsnp.graph.residual import Norm, ResidualSite, hidden_channels
 from onnxsnp.reconstruction.refit import RIDGE, solve, solve_positive
 
 if TYPE_CHECKING:
@@ -77,10 +77,27 @@ def residual_basis(seconds: list[np.ndarray]) -> ResidualBasis:
 
 
 def plain_moments(moments: Moments, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and second moments [d, d] of n, from those of n γ + β."""
+    """Mean [d] and second moments [d, d] of n, from those of n γ + β.
+
+    A channel with next to no gain is hidden there, but n sums to zero over the channels, which gives it back. Of
+    several hidden channels only the sum is known; what is missing of E‖n‖² = d is spread evenly over their other
+    directions.
+    """
+    hidden = hidden_channels(scale, shift)
+    seen = np.where(hidden, 1.0, scale)
     mean, second = moments.mean, moments.second / max(moments.count, 1)
     about = second - np.outer(mean, shift) - np.outer(shift, mean) + np.outer(shift, shift)
-    return (mean - shift) / scale, about / np.outer(scale, scale)
+    mean, about = (mean - shift) / seen, about / np.outer(seen, seen)
+    if not hidden.any():
+        return mean, about
+    size, count = len(hidden), int(hidden.sum())
+    fill = np.diag(1.0 - hidden)
+    fill[np.ix_(~hidden, hidden)] = -1 / count
+    mean, about = mean @ fill, fill.T @ about @ fill
+    if count > 1:
+        missing = max(size - float(np.trace(about)), 0.0) / (count - 1)
+        about[np.ix_(hidden, hidden)] += missing * (np.eye(count) - 1 / count)
+    return mean, about
 
 
 class ResidualRotation:
