@@ -68,7 +68,16 @@ def distance(reference: np.ndarray, outputs: np.ndarray) -> float:
 def masked_weights(
     analysis: Analysis, entries: Sequence[GroupPlan], reconstruction: Reconstruction
 ) -> dict[str, np.ndarray]:
-    """The analysed graph's weights under a plan, in their original shapes, zero where something is cut."""
+    """The analysed graph's weights under a plan, in their original shapes, zero where something is cut.
+
+    Normalisations average over the zeros too. Where a rotated residual stream is cut their gains make up for that.
+    """
     plan = Plan("", list(entries))
     cuts = as_cuts(plan, analysis.groups)
-    return mask_weights(analysis.graph, analysis.dependencies, cuts, reconstruction.weights(plan))
+    weights = mask_weights(analysis.graph, analysis.dependencies, cuts, reconstruction.weights(plan))
+    for entry in entries:
+        if entry.kept < entry.size and entry.id in reconstruction.rotations.residuals:
+            for name in {norm.scale for _, norm in reconstruction.rotations.residuals[entry.id].readers}:
+                gain = weights[name] * np.sqrt(entry.kept / entry.size)
+                weights[name] = gain.astype(weights[name].dtype)
+    return weights

@@ -88,16 +88,16 @@ def plain_moments(moments: Moments, scale: np.ndarray, shift: np.ndarray) -> tup
     mean, second = moments.mean, moments.second / max(moments.count, 1)
     about = second - np.outer(mean, shift) - np.outer(shift, mean) + np.outer(shift, shift)
     mean, about = (mean - shift) / seen, about / np.outer(seen, seen)
-    if not hidden.any():
-        return mean, about
     size, count = len(hidden), int(hidden.sum())
-    fill = np.diag(1.0 - hidden)
-    fill[np.ix_(~hidden, hidden)] = -1 / count
-    mean, about = mean @ fill, fill.T @ about @ fill
+    if count:
+        fill = np.diag(1.0 - hidden)
+        fill[np.ix_(~hidden, hidden)] = -1 / count
+        mean, about = mean @ fill, fill.T @ about @ fill
     if count > 1:
         missing = max(size - float(np.trace(about)), 0.0) / (count - 1)
         about[np.ix_(hidden, hidden)] += missing * (np.eye(count) - 1 / count)
-    return mean, about
+    about = about - about.mean(axis=0)  # what is left of a mean over the channels is rounding
+    return mean - mean.mean(), about - about.mean(axis=1, keepdims=True)
 
 
 class ResidualRotation:

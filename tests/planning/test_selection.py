@@ -57,7 +57,9 @@ def measured(analysis: Analysis, data: Sequence[Batch], kinds: str = "qk,v,ffn,r
     groups = [group for group in analysis.structure.groups if group.kind in kinds.split(",")]
     pairs = [group for group in groups if group.kind == "qk"]
     readers = [linear for group in groups for linear in refittable(group, analysis.linears)]
-    readers += [linear for group in groups if group.kind == "residual" for linear in refittable_readers(group, analysis)]
+    readers += [
+        linear for group in groups if group.kind == "residual" for linear in refittable_readers(group, analysis)
+    ]
     tensors = sorted({linear.data for linear in readers})
     deps, sites = analysis.dependencies, analysis.structure.sites
     return collect(analysis.graph, deps, sites, pairs, tensors, data, pair_groups=pairs, threads=1)
