@@ -182,7 +182,8 @@ def prune(
         str,
         typer.Option(
             help="none: the paper's cut. refit: what reads the cut neurons is refitted by least squares. full: "
-            "attention is rotated (or weighted) before it is cut, FFN neurons go by optimal brain surgeon, then refit.",
+            "attention is rotated (or weighted) before it is cut, and so is the residual stream; FFN neurons go by "
+            "optimal brain surgeon, then refit.",
             rich_help_panel=_METHOD,
         ),
     ] = "full",

@@ -390,6 +390,7 @@ class _Run:
                 updates,
                 _split(data, self._seen(data))[0],
                 loss,
+                streams=reconstruction.streams(plan),
                 threads=self.options.threads,
                 provider=self.options.provider,
                 progress=lambda done, total: self.progress("refit in order", done, total),

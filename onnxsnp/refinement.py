@@ -63,7 +63,7 @@ def refine(
     batches: Iterable[Batch],
     loss: Loss,
     *,
-    stream: np.ndarray | None = None,
+    streams: Mapping[int, np.ndarray] | None = None,
     threads: int | None = None,
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -74,7 +74,7 @@ def refine(
         updates: the one-shot weights, in their original shapes.
         batches: the samples to fit on; gone through once.
         loss: measures on samples that no fit has seen.
-        stream: see `refit_in_order`.
+        streams: see `refit_in_order`.
     """
     found = Refined(dict(updates))
     cuts = as_cuts(plan, analysis.groups)
@@ -85,7 +85,7 @@ def refine(
         cuts,
         updates,
         batches,
-        stream=stream,
+        streams=streams,
         threads=threads,
         provider=provider,
         progress=progress,

@@ -164,9 +164,7 @@ def collect(
     return result
 
 
-def _add(
-    moments: dict[str, Moments], name: str, bands: Sequence[np.ndarray], total: np.ndarray, entries: int
-) -> None:
+def _add(moments: dict[str, Moments], name: str, bands: Sequence[np.ndarray], total: np.ndarray, entries: int) -> None:
     """Add one batch; of the second moments only what is on and right of the diagonal blocks."""
     if not np.isfinite(total).all():
         raise DataError(

@@ -20,9 +20,10 @@ from onnx import NodeProto, helper
 
 from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
-from onnxsnp.graph.ir import Graph, Namer, Part, SharedSession, attribute
+from onnxsnp.graph.ir import Graph, Namer, SharedSession, attribute
 from onnxsnp.runtime import open_session, run_session
 from onnxsnp.surgery.rewrite import Cut, mask_weights
+from onnxsnp.surgery.unpack import put_back
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -64,31 +65,9 @@ def masked(
     """
     result = base.copy()
     for name, array in mask_weights(graph, dependencies, cuts, updates).items():
-        _write(result, graph, name, array)
+        put_back(result.weights, graph, name, array)
     _average_over_kept(result, dependencies, cuts)
     return result
-
-
-def _write(base: Graph, graph: Graph, name: str, array: np.ndarray) -> None:
-    """Put a weight of the analysed graph back where it came from in the exported one."""
-    part = graph.parts.get(name)
-    if part is None:
-        if name not in base.weights:
-            raise VerificationError(f"weight '{name}' has no counterpart in the exported graph", node=name)
-        base.weights[name] = array
-        return
-    chain: list[Part] = [part]
-    while chain[-1].source in graph.parts:
-        chain.append(graph.parts[chain[-1].source])
-    root = chain[-1].source
-    if root not in base.weights:
-        raise VerificationError(f"packed weight '{root}' has no counterpart in the exported graph", node=root)
-    target = np.array(base.weights[root])
-    places = np.arange(target.size).reshape(target.shape)
-    for link in reversed(chain):
-        places = np.take(places, link.indices, axis=link.axis)
-    target.reshape(-1)[places.reshape(-1)] = array.reshape(-1)
-    base.weights[root] = target
 
 
 def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut]) -> None:

@@ -1,8 +1,8 @@
 """Which neurons stay, once it is known how many: by criterion, or where the method allows better, by what it needs.
 
-With full compensation the neurons of a rotated attention group are new combinations, so any places do; query-key pairs
-that can only be weighted, and FFN neurons, are chosen by optimal brain surgeon. Everything else is ranked by the
-criterion.
+With full compensation the neurons of a rotated attention or residual group are new combinations, so any places do;
+query-key pairs that can only be weighted, and FFN neurons, are chosen by optimal brain surgeon. Everything else is
+ranked by the criterion.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from onnxsnp.planning.plan import GroupPlan, keep_highest
 from onnxsnp.reconstruction.ffn import Removal, removal_order
 from onnxsnp.reconstruction.full import Reconstruction, Rotations
 from onnxsnp.reconstruction.refit import refittable
+from onnxsnp.reconstruction.residual import refittable_readers
 from onnxsnp.scoring.criteria import CRITERIA, score
 from onnxsnp.scoring.targets import dead_neurons, scoring_target
 
@@ -66,10 +67,18 @@ def requirements(
     scored = free if CRITERIA[criterion].needs_qk and not planned else []
     tensors: list[str] = []
     if compensation != "none":
-        tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
+        tensors = sorted({name for group in groups for name in _to_measure(analysis, group, rotations)})
     rotated = [group for group in pairs if group.id in rotations.pairs]
     gained = [gains[group.id] for group in pairs if group.id in gains]
     return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors))
+
+
+def _to_measure(analysis: Analysis, group: Group, rotations: Rotations) -> list[str]:
+    """The activations whose moments the compensation of a group's cut needs."""
+    if group.id in rotations.residuals:
+        return rotations.residuals[group.id].tensors
+    readers = refittable_readers(group, analysis) if group.kind == "residual" else refittable(group, analysis.linears)
+    return [linear.data for linear in readers]
 
 
 class Selector:

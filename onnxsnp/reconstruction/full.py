@@ -19,10 +19,12 @@ from onnxsnp.calibration.statistics import Moments, PairMoments, Statistics
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.linear import Linear, neuron_places
 from onnxsnp.graph.paths import shift_blocked_by, straight_from, way_to
+from onnxsnp.graph.residual import ResidualSite, find_residual
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
 from onnxsnp.reconstruction.gains import PairOrder, group_factors, group_orders, scaled
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable, solve_positive
+from onnxsnp.reconstruction.residual import ResidualRotation, refit_readers
 from onnxsnp.surgery.rewrite import Cut
 
 if TYPE_CHECKING:
@@ -49,17 +51,20 @@ class ValueSite:
 
 @dataclass
 class Rotations:
-    """The attention groups of a model that can be rotated, and why the others cannot, by group id."""
+    """The attention and residual groups of a model that can be rotated, and why the others cannot, by group id."""
 
     pairs: dict[str, PairSite] = field(default_factory=dict)
     values: dict[str, ValueSite] = field(default_factory=dict)
+    residuals: dict[str, ResidualSite] = field(default_factory=dict)
     blocked: dict[str, str] = field(default_factory=dict)
 
 
 def find_rotations(analysis: Analysis) -> Rotations:
-    """Which attention groups allow a change of basis."""
+    """Which attention and residual groups allow a change of basis."""
     found = Rotations()
     for group in analysis.structure.groups:
+        if group.kind == "residual" and group.prunable:
+            _residual_site(analysis, group, found)
         if group.site is None or not group.prunable:
             continue
         if group.kind == "qk":
@@ -99,6 +104,14 @@ def _value_site(analysis: Analysis, group: Group, found: Rotations) -> None:
         found.blocked[group.id] = "indices are tied across heads"
     else:
         found.values[group.id] = ValueSite(group, value.linear, readers[0])
+
+
+def _residual_site(analysis: Analysis, group: Group, found: Rotations) -> None:
+    site = find_residual(group, analysis.graph, analysis.dependencies, analysis.linears)
+    if isinstance(site, str):
+        found.blocked[group.id] = site
+    else:
+        found.residuals[group.id] = site
 
 
 def _by_head(analysis: Analysis, group: Group, linear: Linear | None) -> bool:
@@ -216,11 +229,13 @@ def _emit(
 class Reconstruction:
     """Weights that make up for cuts, group by group; bases and weights are computed once and kept.
 
-    The weights one group's cut changes are no other group's, so those of a plan are put together; gains go on top.
+    The weights one group's cut changes are no other group's, so those of a plan are put together; gains go on top. All
+    of that is about the other side of the weights that touch the residual stream, whose own change comes last.
 
     Args:
         statistics: moments of everything the plans will cut.
-        compensation: "none", "refit" (readers of value and FFN neurons) or "full" (attention is rotated, or weighted).
+        compensation: "none", "refit" (readers of value, FFN and residual neurons) or "full" (attention is rotated, or
+            weighted; the residual stream is rotated).
     """
 
     def __init__(self, analysis: Analysis, statistics: Statistics, compensation: str) -> None:
@@ -230,11 +245,13 @@ class Reconstruction:
         self._orders: dict[str, list[PairOrder]] = {}
         self._pairs: dict[str, list[PairBasis]] = {}
         self._values: dict[str, list[ValueBasis]] = {}
+        self._residuals: dict[str, ResidualRotation] = {}
         self._last: dict[str, tuple[list[list[int]], dict[str, np.ndarray]]] = {}
 
     def rotates(self, group: Group) -> bool:
         """Whether a group's neurons are new combinations, so that any places do."""
-        return group.id in self.rotations.pairs or group.id in self.rotations.values
+        rotations = self.rotations
+        return any(group.id in sites for sites in (rotations.pairs, rotations.values, rotations.residuals))
 
     def weighs(self, group: Group) -> bool:
         """Whether a group's pairs stay as they are but for a gain each."""
@@ -248,7 +265,12 @@ class Reconstruction:
         return self._orders[group.id]
 
     def errors(self, group: Group) -> np.ndarray:
-        """Squared error by width of a rotated or weighted group, summed over its heads, [size + 1]."""
+        """Squared error by width of a rotated or weighted group, summed over its heads, [size + 1].
+
+        Of a residual group, as a share of the variance (see `ResidualBasis`).
+        """
+        if group.id in self.rotations.residuals:
+            return self._residual(group.id).basis.errors
         if self.weighs(group):
             return np.sum([head.errors for head in self.orders(group)], axis=0)
         bases = self._pair_bases(group.id) if group.id in self.rotations.pairs else self._value_bases(group.id)
@@ -260,15 +282,39 @@ class Reconstruction:
         if self._compensation == "none":
             return updates
         cut = [entry for entry in plan.groups if entry.kept < entry.size]
-        stale = [entry for entry in cut if self._last.get(entry.id, (None,))[0] != entry.keep]
+        inner = [entry for entry in cut if entry.kind != "residual"]
+        stale = [entry for entry in inner if self._last.get(entry.id, (None,))[0] != entry.keep]
         # groups share nothing, and a solve of this size gains more from a core of its own than from BLAS threads
         with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
             for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True):
                 self._last[entry.id] = (entry.keep, made)
-        for entry in sorted(cut, key=lambda entry: entry.id in self.gains):
+        for entry in sorted(inner, key=lambda entry: entry.id in self.gains):
             made, weights = self._last[entry.id][1], ChainMap(updates, self._analysis.graph.weights)
             updates.update(scaled(weights, made) if entry.id in self.gains else made)
+        for entry in cut:
+            if entry.kind == "residual":
+                updates.update(self._residual_weights(entry, updates))
         return updates
+
+    def streams(self, plan: Plan) -> dict[int, np.ndarray]:
+        """How narrower residual streams follow from the original ones, x' = x R: R [size, kept] by factor."""
+        found = {}
+        for entry in plan.groups:
+            if entry.kind == "residual" and entry.kept < entry.size:
+                atom = self._analysis.groups[entry.id].atom
+                rotated = entry.id in self.rotations.residuals
+                found[atom] = (
+                    self._residual(entry.id).change(entry.kept) if rotated else np.eye(entry.size)[:, entry.keep[0]]
+                )
+        return found
+
+    def _residual_weights(self, entry: GroupPlan, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """New weights by name of what touches a residual stream, on top of those the other groups' cuts made."""
+        keep = np.asarray(entry.keep[0])
+        if entry.id in self.rotations.residuals:
+            return self._residual(entry.id).weights(keep, updates)
+        group = self._analysis.groups[entry.id]
+        return refit_readers(self._analysis, group, keep, self._statistics.moments, updates)
 
     def _group_weights(self, entry: GroupPlan) -> dict[str, np.ndarray]:
         """New weights by name; of a group that is weighted, factors for them."""
@@ -284,6 +330,12 @@ class Reconstruction:
         group = analysis.groups[entry.id]
         cut = {group.id: Cut(group.atom, group.head_atoms, keep)}
         return refit_consumers(analysis.graph, analysis.dependencies, [group], cut, analysis.linears, moments)
+
+    def _residual(self, name: str) -> ResidualRotation:
+        if name not in self._residuals:
+            site = self.rotations.residuals[name]
+            self._residuals[name] = ResidualRotation(self._analysis, site, self._statistics.moments)
+        return self._residuals[name]
 
     def _pair_bases(self, name: str) -> list[PairBasis]:
         if name not in self._pairs:

@@ -94,7 +94,7 @@ def refit_in_order(
     updates: Mapping[str, np.ndarray],
     batches: Iterable[Batch],
     *,
-    stream: np.ndarray | None = None,
+    streams: Mapping[int, np.ndarray] | None = None,
     strength: float = STRENGTH,
     threads: int | None = None,
     provider: str = "cpu",
@@ -106,8 +106,7 @@ def refit_in_order(
         graph: the analysed graph that `cuts` and `updates` refer to.
         updates: the one-shot weights, in their original shapes.
         batches: calibration samples; gone through once.
-        stream: how the residual stream of the cut network follows from the original's where its width is cut, [old,
-            new] (both about the mean over the channels); None where it keeps its width.
+        streams: by factor, R [old, new] where the width of a residual stream is cut: x' = x R.
         progress: called with (branches done, branches in all).
 
     Returns:
@@ -125,12 +124,13 @@ def refit_in_order(
     for index, branch in enumerate(branches):
         fit = _Fit(branch, narrow, frozenset(cut.needed(index)))
         ahead, behind = whole.step(index), cut.step(index, skip=branch)
+        change = _change(branch, graph, dependencies, streams or {})
         every = _stride(states, branch, len(fit.weight))
         moved = []
         for original, pruned in states:
             moved.append((ahead(original), behind(pruned)))
             wanted = moved[-1][0][branch.stream]
-            fit.add(moved[-1][1], wanted if stream is None else _mapped(wanted, stream), every)
+            fit.add(moved[-1][1], wanted if change is None else wanted @ change, every)
         if not moved:
             return {}
         with single_threaded():
@@ -152,8 +152,13 @@ def _stride(states: Iterable[tuple[State, State]], branch: Branch, width: int) -
     return max(1, tokens // (_ENOUGH * width))
 
 
-def _mapped(stream: np.ndarray, change: np.ndarray) -> np.ndarray:
-    return (stream - stream.mean(axis=-1, keepdims=True)) @ change.astype(stream.dtype)
+def _change(
+    branch: Branch, graph: Graph, dependencies: Dependencies, streams: Mapping[int, np.ndarray]
+) -> np.ndarray | None:
+    """R for the stream that a branch adds to; None where that keeps its width."""
+    atoms = dependencies.atoms(branch.stream, len(dependencies.facts.shapes[branch.stream]) - 1)
+    found = next((streams[atom] for atom in atoms if atom in streams), None)
+    return None if found is None else found.astype(graph.weights[branch.linear.weight].dtype)
 
 
 class _Walk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from onnxsnp.graph.groups import Group, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
 from onnxsnp.surgery.rewrite import Cut, cut_graph
-from onnxsnp.surgery.unpack import packed_sources, root_of, unpack
+from onnxsnp.surgery.unpack import packed_sources, put_back, root_of, unpack
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -62,11 +63,20 @@ def apply(
         found = {(group.kind, group.producers): group for group in find_groups(graph, dependencies).groups}
         groups = {entry.id: found[_emitters(analysis.groups[entry.id])] for entry in plan.groups}
     local = as_cuts(plan, groups)
-    cut = cut_graph(
-        graph, dependencies, local, {name: array for name, array in (updates or {}).items() if name in graph.weights}
-    )
+    cut = cut_graph(graph, dependencies, local, _as_packed(analysis.graph, graph, updates or {}))
     cut.drop_dead()
     return Applied(cut, cuts, dict(updates or {}))
+
+
+def _as_packed(graph: Graph, packed: Graph, updates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Refitted weights of the analysed graph by the names they have where fewer projections are apart."""
+    written = ChainMap[str, np.ndarray]({}, packed.weights)
+    for name, array in updates.items():
+        if name in packed.weights:
+            written[name] = array
+        elif root_of(graph, name) in packed.weights:
+            put_back(written, graph, name, array)
+    return dict(written.maps[0])
 
 
 def _emitters(group: Group) -> tuple[str, tuple[Axis, ...]]:

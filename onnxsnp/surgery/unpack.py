@@ -7,13 +7,14 @@ factor; so each selection gets its own copy of that path, cut to its range, and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, MutableMapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from onnx import NodeProto, helper
 
+from onnxsnp.errors import VerificationError
 from onnxsnp.graph.dependency import Dependencies, analyse
 from onnxsnp.graph.facts import Select
 from onnxsnp.graph.ir import Graph, Namer, Part
@@ -45,6 +46,34 @@ def root_of(graph: Graph, name: str) -> str:
     while name in graph.parts:
         name = graph.parts[name].source
     return name
+
+
+def put_back(weights: MutableMapping[str, np.ndarray], graph: Graph, name: str, array: np.ndarray) -> None:
+    """Write a weight of an unpacked graph to where it came from; a packed weight is replaced by a changed copy.
+
+    Args:
+        weights: of the packed graph, by name; changed in place.
+        graph: the unpacked one.
+        array: the new values, in the shape of the weight `name` of `graph`.
+
+    Raises:
+        VerificationError: there is no such weight.
+    """
+    root = root_of(graph, name)
+    if root not in weights:
+        raise VerificationError(f"weight '{root}' has no counterpart in the exported graph", node=name)
+    if name not in graph.parts:
+        weights[name] = array
+        return
+    chain: list[Part] = [graph.parts[name]]
+    while chain[-1].source in graph.parts:
+        chain.append(graph.parts[chain[-1].source])
+    target = np.array(weights[root])
+    places = np.arange(target.size).reshape(target.shape)
+    for link in reversed(chain):
+        places = np.take(places, link.indices, axis=link.axis)
+    target.reshape(-1)[places.reshape(-1)] = array.reshape(-1)
+    weights[root] = target
 
 
 def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Normalized:

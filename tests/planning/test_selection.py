@@ -18,6 +18,7 @@ from onnxsnp.planning.plan import Plan
 from onnxsnp.planning.selection import COMPENSATIONS, Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.reconstruction.refit import RIDGE, refittable
+from onnxsnp.reconstruction.residual import refittable_readers
 from onnxsnp.scoring.criteria import CRITERIA
 
 SHAPE: dict[str, Any] = {"blocks": 2, "heads": 2, "qk": 6, "v": 5, "width": 10, "ffn": 14}
@@ -55,7 +56,11 @@ def measured(analysis: Analysis, data: Sequence[Batch], kinds: str = "qk,v,ffn,r
     """Everything: scores and moments of all query-key groups, second moments of all inputs."""
     groups = [group for group in analysis.structure.groups if group.kind in kinds.split(",")]
     pairs = [group for group in groups if group.kind == "qk"]
-    tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
+    readers = [linear for group in groups for linear in refittable(group, analysis.linears)]
+    readers += [
+        linear for group in groups if group.kind == "residual" for linear in refittable_readers(group, analysis)
+    ]
+    tensors = sorted({linear.data for linear in readers})
     deps, sites = analysis.dependencies, analysis.structure.sites
     return collect(analysis.graph, deps, sites, pairs, tensors, data, pair_groups=pairs, threads=1)
 
@@ -79,12 +84,12 @@ def kept(chooser: Selector, counts: Mapping[str, int]) -> dict[str, list[list[in
 def test_the_test_model_has_one_of_each(analysis: Analysis) -> None:
     rotations = analysis.rotations
     assert rotations.blocked == {"qk.0": "bent"} and rotations.pairs.keys() == {"qk.1"}
-    assert rotations.values.keys() == {"v.0", "v.1"}
+    assert rotations.values.keys() == {"v.0", "v.1"} and rotations.residuals.keys() == {"residual"}
 
 
 def test_rotated_groups_may_stay_anywhere_so_they_stay_first(analysis: Analysis, statistics: Statistics) -> None:
-    found = kept(selector(analysis, statistics), {"qk.1": 4, "v.0": 2, "v.1": 1})
-    assert found == {"qk.1": [[0, 1, 2, 3]] * 2, "v.0": [[0, 1]] * 2, "v.1": [[0]] * 2}
+    found = kept(selector(analysis, statistics), {"qk.1": 4, "v.0": 2, "v.1": 1, "residual": 3})
+    assert found == {"qk.1": [[0, 1, 2, 3]] * 2, "v.0": [[0, 1]] * 2, "v.1": [[0]] * 2, "residual": [[0, 1, 2]]}
 
 
 def test_what_is_not_cut_is_not_in_the_plan(analysis: Analysis, statistics: Statistics) -> None:
@@ -176,7 +181,8 @@ def test_dead_ffn_neurons_go_first_and_cost_nothing() -> None:
 def test_everything_else_is_ranked_by_the_criterion(analysis: Analysis, statistics: Statistics, criterion: str) -> None:
     full, plain = selector(analysis, statistics, "full", criterion), selector(analysis, statistics, "none", criterion)
     counts = {"qk.0": 2, "residual": 6}
-    assert kept(full, counts) == kept(plain, counts)
+    assert kept(full, {"qk.0": 2})["qk.0"] == kept(plain, counts)["qk.0"]
+    assert kept(selector(analysis, statistics, "refit", criterion), counts) == kept(plain, counts)
     if criterion != "l2":
         scores = statistics.qk["qk.0"] * (-1 if criterion == "reverse" else 1)
         best = [sorted(row[:2].tolist()) for row in np.argsort(-scores, axis=1)]
@@ -190,10 +196,10 @@ def test_curves_exist_where_there_is_a_closed_form(analysis: Analysis, statistic
     for group in analysis.structure.groups:
         assert plain.curve(group) is None
         curve = full.curve(group)
-        assert (curve is None) == (group.id in ("qk.0", "residual") or group.kind == "head")
+        assert (curve is None) == (group.id == "qk.0" or group.kind == "head")
         if curve is not None:
             assert curve.shape == (group.size + 1,) and (np.diff(curve[1:]) <= 1e-12).all()
-        if group.id in ("qk.1", "v.0", "v.1"):
+        if group.id in ("qk.1", "v.0", "v.1", "residual"):
             np.testing.assert_array_equal(curve, reconstruction.errors(group))
 
 
@@ -239,6 +245,7 @@ def test_requirements_are_what_is_needed_and_no_more(
     assert [group.id for group in needed.scored] == scored
     assert [group.id for group in needed.rotated] == (["qk.1"] if compensation == "full" else [])
     read = {analysis.linears[name].data for name in ("/blocks.0/attn/proj.w", "/blocks.1/mlp/fc2.w")}
+    read |= {linear.data for linear in refittable_readers(analysis.groups["residual"], analysis)}
     assert set(needed.tensors) == (set() if compensation == "none" else read)
     assert needed.nothing == (compensation == "none" and not scored)
     deps, sites = analysis.dependencies, analysis.structure.sites
@@ -266,5 +273,5 @@ def test_requirements_are_what_is_needed_and_no_more(
 
 def test_nothing_to_cut_needs_nothing(analysis: Analysis) -> None:
     assert requirements(analysis, [], "full", "snp", planned=False).nothing
-    residual = analysis.groups["residual"]
-    assert requirements(analysis, [residual], "full", "snp", planned=False).nothing
+    groups = [analysis.groups[name] for name in ("v.0", "ffn.0", "residual")]
+    assert requirements(analysis, groups, "none", "snp", planned=False).nothing
