@@ -220,7 +220,10 @@ class _Run:
         options = self.options
         if options.allocation != "auto" or options.compensation != "full" or not options.ratio:
             return False
-        if all(group.kind in ("qk", "v", "ffn") for group in self._scoped(analysis)):
+        kinds = {group.kind for group in self._scoped(analysis)}
+        if kinds == {"residual"}:
+            return False  # one width, so nothing to allocate
+        if kinds <= {"qk", "v", "ffn", "residual"}:
             return True
         self.notes.append("the scope holds groups without error curves: one ratio for all of them")
         return False
@@ -267,8 +270,9 @@ class _Run:
     def _allocate(self, analysis: Analysis, selector: Selector, loss: Loss | None) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
         options = self.options
-        groups = [group for group in self._scoped(analysis) if selector.curve(group) is not None]
-        if not groups or loss is None:
+        scoped = self._scoped(analysis)
+        groups = [group for group in scoped if group.kind == "residual" or selector.curve(group) is not None]
+        if all(group.kind == "residual" for group in groups) or loss is None:
             why = "no group has an error curve" if not groups else "too few samples to measure sensitivities"
             self.notes.append(f"{why}: one ratio for all groups")
             return self._counts(analysis)

@@ -39,15 +39,23 @@ from onnxsnp.planning.allocation import to_cost, uniform
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.plan import GroupPlan, Plan, fingerprint
-from onnxsnp.planning.selection import Selector
+from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
-from onnxsnp.reconstruction.refit import refittable
+from onnxsnp.refinement import refine
 from onnxsnp.runtime import Session
 from onnxsnp.surgery.apply import apply
 from onnxsnp.verbs import open_for
 
-AUTO = "full, auto"
-METHODS = ("none", "refit", *RIVALS, "full, one ratio", AUTO)
+ONE_RATIO, AUTO = "full, one ratio", "full, auto"
+# one step of full compensation switched off at a time, all at one ratio for every group
+ABLATIONS = {
+    "no sequential refit": frozenset({"sequential"}),
+    "no rotation of query and key": frozenset({"pairs"}),
+    "no rotation of values": frozenset({"values"}),
+    "no optimal brain surgeon": frozenset({"surgeon"}),
+    "no rotation of the residual": frozenset({"residuals"}),
+}
+METHODS = ("none", "refit", *RIVALS, ONE_RATIO, AUTO, *ABLATIONS)
 
 
 @dataclass
@@ -56,17 +64,22 @@ class Bench:
 
     Attributes:
         unseen: further calibration images, for the allocation.
+        fit: gives the calibration images once more.
     """
 
     analysis: Analysis
     statistics: Statistics
     unseen: list[Batch]
+    fit: Callable[[], Iterator[Batch]]
 
 
 def applies(method: str, row: Row) -> bool:
     """Whether a method has an answer of its own to a row."""
     if method in RIVALS:
         return RIVALS[method].covers(row.kinds)
+    if method in ABLATIONS:
+        touched = {"pairs": "qk", "values": "v", "surgeon": "ffn", "residuals": "residual"}
+        return all(touched.get(step, row.kinds[0]) in row.kinds for step in ABLATIONS[method])
     return method != AUTO or row.share is not None  # given widths leave nothing to allocate
 
 
@@ -74,16 +87,26 @@ def proposal(bench: Bench, row: Row, method: str) -> tuple[list[GroupPlan], Mapp
     """What stays of every group, and the weights that make up for the rest."""
     if method in RIVALS:
         return RIVALS[method].propose(bench.analysis, bench.statistics, fixed_widths(bench.analysis, row))
-    analysis = bench.analysis
-    reconstruction = Reconstruction(analysis, bench.statistics, method.split(",")[0])
-    selector = Selector(analysis, bench.statistics, reconstruction, "snp", surgeon=method.startswith("full"))
+    analysis, off = bench.analysis, ABLATIONS.get(method, frozenset())
+    compensation = "full" if method in ABLATIONS else method.split(",")[0]
+    reconstruction = Reconstruction(analysis, bench.statistics, compensation)
+    for step in off & {"pairs", "values", "residuals"}:
+        reconstruction.rotations = replace(reconstruction.rotations, **{step: {}})
+    surgeon = compensation == "full" and "surgeon" not in off
+    selector = Selector(analysis, bench.statistics, reconstruction, "snp", surgeon=surgeon)
+    if compensation != "full":
+        entries = selector.entries(fixed_widths(analysis, row))
+        return entries, reconstruction.weights(Plan("", entries))
+    loss = Loss(analysis, reconstruction, bench.unseen)
     if method == AUTO:
-        loss = Loss(analysis, reconstruction, bench.unseen)
         counts = allocate(row.groups(analysis), analysis.cost, row.share or 0.0, "macs", 1, selector, loss).counts
     else:
         counts = fixed_widths(analysis, row)
-    entries = selector.entries(counts)
-    return entries, reconstruction.weights(Plan("", entries))
+    plan = Plan("", selector.entries(counts))
+    updates = reconstruction.weights(plan)
+    if "sequential" not in off:
+        updates = refine(analysis, plan, updates, bench.fit(), loss, streams=reconstruction.streams(plan)).updates
+    return plan.groups, updates
 
 
 def fixed_widths(analysis: Analysis, row: Row) -> dict[str, int]:
@@ -128,11 +151,17 @@ def statistics_for(analysis: Analysis, rows: Iterable[Row], data: Iterator[Batch
     """One pass over the first samples that measures what every method needs for these rows."""
     kinds = {kind for row in rows for kind in row.kinds}
     groups = [group for group in analysis.structure.groups if group.kind in kinds]
-    pairs = [group for group in groups if group.kind == "qk"]
-    tensors = sorted({linear.data for group in groups for linear in refittable(group, analysis.linears)})
-    sites, fit = analysis.structure.sites, first(data, samples)
-    deps, gains = analysis.dependencies, tuple(analysis.gains.values())
-    return collect(analysis.graph, deps, sites, pairs, tensors, fit, pair_groups=pairs, gain_sites=gains)
+    needed = requirements(analysis, groups, "full", "snp", planned=False)
+    return collect(
+        analysis.graph,
+        analysis.dependencies,
+        analysis.structure.sites,
+        [group for group in groups if group.kind == "qk"],  # selection needs the scores of all of them
+        needed.tensors,
+        first(data, samples),
+        pair_groups=needed.rotated,
+        gain_sites=needed.gained,
+    )
 
 
 def first(data: Iterator[Batch], samples: int) -> Iterator[Batch]:
@@ -158,8 +187,10 @@ def fill(options: argparse.Namespace, results: Results) -> Run:
     todo = [rows[title] for title, wanted in missing.items() if wanted]
     if not todo:
         return run
-    data = iter(open_for([options.model], options.calibration, samples=options.samples + options.unseen))
-    bench = Bench(analysis, statistics_for(analysis, todo, data, options.samples), list(data))
+    source = open_for([options.model], options.calibration, samples=options.samples + options.unseen)
+    data = iter(source)
+    statistics = statistics_for(analysis, todo, data, options.samples)
+    bench = Bench(analysis, statistics, list(data), lambda: first(iter(source), options.samples))
     if not bench.unseen:
         raise DataError(f"there are no calibration images beyond the {options.samples} that methods are fitted to")
     for row in todo:
@@ -192,7 +223,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=None, help="generated images if not given")
     parser.add_argument("--data", type=Path, default=None, help="labelled images")
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
-    parser.add_argument("--unseen", type=int, default=16, help="further images for the allocation (default 16)")
+    parser.add_argument("--unseen", type=int, default=32, help="further images for the allocation (default 32)")
     parser.add_argument("--eval-samples", type=int, default=None, help="labelled images (default: all)")
     parser.add_argument("--rows", nargs="+", default=None, help="only rows with one of these in their name")
     parser.add_argument("--methods", nargs="+", default=None, help="only columns with one of these in their name")

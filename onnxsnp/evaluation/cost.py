@@ -82,6 +82,16 @@ class CostModel:
             return self._measured().at_widths(atom, widths)
         return self.share(what, atom) / self.dependencies.size(atom) * widths
 
+    def given(self, sizes: Mapping[int, int]) -> CostModel:
+        """The cost of the model with some factors already cut, as a function of the others (not of latency)."""
+        ratio = {atom: size / self.dependencies.size(atom) for atom, size in sizes.items()}
+
+        def scaled(term: Term) -> Term:
+            value = term.value * float(np.prod([ratio.get(atom, 1.0) for atom in term.atoms]))
+            return Term(term.name, value, tuple(atom for atom in term.atoms if atom not in ratio))
+
+        return CostModel([*map(scaled, self.macs)], [*map(scaled, self.params)], self.dependencies)
+
     def _measured(self) -> Measured:
         if self.latency is None:
             raise ValueError("the latency of this model's layers has not been measured")

@@ -3,7 +3,8 @@
 Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
 measured by cutting the group alone. The knapsack over these curves is the start; since single-group sensitivities do
 not simply add up, the balance between the kinds of groups, and between early and late blocks, is then refined on the
-joint loss of whole plans.
+joint loss of whole plans. Residual streams are read by everything; how wide they stay is tried out, each time with the
+knapsack's answer for the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.allocation import TOLERANCE, too_much
@@ -23,6 +25,8 @@ ALONE = 16  # samples on which groups are measured alone; whole plans are measur
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
 NOTHING = 3e-5  # share of the error of a single neuron below which a width counts as lossless
 _STEPS = (2.0, 1.4)  # factors by which weights are changed while refining
+_FIRST = 0.08  # of a residual stream: how much narrower it is tried first
+_WIDTHS = 6  # widths of a residual stream that are tried at most
 DEPTH = "depth"  # key of the factor between the last and the middle block
 
 
@@ -75,50 +79,157 @@ def allocate(
     Raises:
         PlanError: the groups cannot give that much.
     """
-    curves = {group.id: curve for group in groups if (curve := selector.curve(group)) is not None}
-    known = [group for group in groups if group.id in curves]
-    kinds = list(dict.fromkeys(group.kind for group in known))
-    knobs = [*kinds[1:], *([DEPTH] if len(known) > len(kinds) else [])]
-    total = len(known) + 1 + 2 * len(_STEPS) * len(knobs)
-    done = 0
+    search = _Search(groups, cost, share, what, multiple, selector, loss, progress)
+    search.measure_alone()
+    search.refine()
+    for stream in search.streams:
+        search.narrow(stream)
+    return search.found
 
-    def measured(counts: Mapping[str, int], samples: int | None = None) -> float:
-        nonlocal done
-        value = loss(selector.entries(counts), samples)
-        done += 1
-        if progress is not None:
-            progress(done, total)
+
+class _Search:
+    """The state of an allocation: what was measured of each group, and the best plan so far.
+
+    Attributes:
+        known: groups with an error curve; the knapsack chooses their widths.
+        streams: residual streams. Everything reads them, so their widths are tried out, and what is left of the budget
+            is the knapsack's.
+        found: the answer so far.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        cost: CostModel,
+        share: float,
+        what: str,
+        multiple: int,
+        selector: Selector,
+        loss: Loss,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._cost, self._share, self._what, self._multiple = cost, share, what, multiple
+        self._selector, self._loss, self._progress = selector, loss, progress
+        self.streams = [group for group in groups if group.kind == "residual"]
+        curves = {group.id: selector.curve(group) for group in groups if group.kind != "residual"}
+        self._curves = {name: curve for name, curve in curves.items() if curve is not None}
+        self.known = [group for group in groups if group.id in self._curves]
+        self._scale: dict[str, float] = {}
+        self._depth = _depths(self.known)
+        self._kinds = list(dict.fromkeys(group.kind for group in self.known))
+        self._knobs = [*self._kinds[1:], *([DEPTH] if len(self.known) > len(self._kinds) else [])]
+        self._done = 0
+        tried = 1 + 2 * len(_STEPS) * len(self._knobs) + _WIDTHS * len(self.streams)
+        self._total = len(self.known) + tried
+        self._streams: dict[str, int] = {}
+        self.found = Allocation({})
+
+    def measure_alone(self) -> None:
+        """Cut every group alone, and scale its error curve to the loss that this makes."""
+        for group in self.known:
+            curve = self._curves[group.id]
+            kept = _probed(curve)
+            alone = self._measured({group.id: kept}, ALONE)
+            self.found.sensitivity[group.id] = alone
+            self._scale[group.id] = alone / max(float(curve[kept]), np.finfo(np.float64).tiny)
+
+    def refine(self) -> None:
+        """The knapsack's answer, and then others with the balance moved, as long as their joint loss is smaller."""
+        found = self.found
+        found.balance = {**dict.fromkeys(self._kinds, 1.0), DEPTH: 1.0}
+        found.counts = self._start(found.balance)
+        found.start = found.loss = self._measured(found.counts)
+        for step in _STEPS:
+            for knob in self._knobs:
+                for factor in (step, 1 / step):
+                    trial = {**found.balance, knob: found.balance[knob] * factor}
+                    if self._try(self._solved(trial)):
+                        found.balance = trial
+                        break
+
+    def _start(self, balance: Mapping[str, float]) -> dict[str, int]:
+        """The knapsack's answer with whole streams; where that is too little, with streams as wide as can be."""
+        failed: PlanError | None = None
+        for part in np.arange(0, 1, _FIRST) if self.streams else [0.0]:
+            widths = {group.id: _rounded(group.size * (1 - part), self._multiple) for group in self.streams}
+            self._streams = {group.id: widths[group.id] for group in self.streams if widths[group.id] < group.size}
+            try:
+                return self._solved(balance)
+            except PlanError as error:
+                failed = failed or error
+        raise failed or PlanError("nothing can be cut")
+
+    def narrow(self, stream: Group) -> None:
+        """Find how much of a residual stream is worth cutting: ever narrower while it helps, then smaller steps."""
+        step, tried = _FIRST * stream.size, {self._streams.get(stream.id, stream.size)}
+        while len(tried) <= _WIDTHS and step >= self._multiple / 2:
+            now = self._streams.get(stream.id, stream.size)
+            for width in (now - step, now + step):
+                kept = _rounded(width, self._multiple)
+                if kept < stream.size and kept not in tried:
+                    tried.add(kept)
+                    if self._narrower(stream, kept):
+                        break
+            else:
+                step /= 2
+
+    def _narrower(self, stream: Group, kept: int) -> bool:
+        held = dict(self._streams)
+        self._streams[stream.id] = kept
+        try:
+            better = self._try(self._solved(self.found.balance))
+        except PlanError:  # this stream alone saves more than was asked, or the others cannot save the rest
+            better = False
+        if not better:
+            self._streams = held
+        return better
+
+    def _try(self, counts: dict[str, int]) -> bool:
+        if counts == self.found.counts:
+            return False
+        loss = self._measured(counts)
+        if loss < self.found.loss:
+            self.found.counts, self.found.loss = counts, loss
+            return True
+        return False
+
+    def _solved(self, balance: Mapping[str, float]) -> dict[str, int]:
+        """The knapsack's widths beside those of the streams.
+
+        Raises:
+            PlanError: the groups cannot give what is left to save, or the streams save too much.
+        """
+        cost, share = self._cost, self._share
+        if self._streams:
+            cost = cost.given(
+                {group.atom: self._streams[group.id] for group in self.streams if group.id in self._streams}
+            )
+            share = 1 - (1 - share) * self._cost.total(self._what) / cost.total(self._what)
+            if share < 0:
+                raise PlanError("the residual stream alone saves more than was asked")
+        factors = {name: self._scale[name] * balance[DEPTH] ** self._depth[name] for name in self._scale}
+        items = [
+            _item(
+                group,
+                self._curves[group.id] * factors[group.id] * balance[group.kind],
+                cost,
+                self._what,
+                self._multiple,
+            )
+            for group in self.known
+        ]
+        return {**knapsack(items, cost, self._what, share), **self._streams}
+
+    def _measured(self, counts: Mapping[str, int], samples: int | None = None) -> float:
+        value = self._loss(self._selector.entries(counts), samples)
+        self._done += 1
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
         return value
 
-    scale, sensitivity = {}, {}
-    for group in known:
-        kept = _probed(curves[group.id])
-        sensitivity[group.id] = measured({group.id: kept}, ALONE)
-        scale[group.id] = sensitivity[group.id] / max(float(curves[group.id][kept]), np.finfo(np.float64).tiny)
 
-    depth = _depths(known)
-
-    def solved(balance: Mapping[str, float]) -> dict[str, int]:
-        factors = {name: scale[name] * balance[DEPTH] ** depth[name] for name in scale}
-        items = [
-            _item(group, curves[group.id] * factors[group.id] * balance[group.kind], cost, what, multiple)
-            for group in known
-        ]
-        return knapsack(items, cost, what, share)
-
-    balance = {**dict.fromkeys(kinds, 1.0), DEPTH: 1.0}
-    best = solved(balance)
-    start = value = measured(best)
-    for step in _STEPS:
-        for knob in knobs:
-            for factor in (step, 1 / step):
-                trial = {**balance, knob: balance[knob] * factor}
-                counts = solved(trial)
-                now = measured(counts) if counts != best else value
-                if now < value:
-                    balance, best, value = trial, counts, now
-                    break
-    return Allocation(best, sensitivity, balance, value, start)
+def _rounded(width: float, multiple: int) -> int:
+    return max(multiple, round(width / multiple) * multiple)
 
 
 def _depths(groups: Sequence[Group]) -> dict[str, float]:
