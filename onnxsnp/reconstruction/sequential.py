@@ -101,7 +101,7 @@ def refit_in_order(
         updates: the one-shot weights, in their original shapes.
         batches: calibration samples; gone through once.
         stream: how the residual stream of the cut network follows from the original's where its width is cut, [old,
-            new] (both about the mean over the channels); None where it keeps its width.
+            new] (both about the mean over the channels); None where channels are kept as they are, all or some.
         progress: called with (branches done, branches in all).
 
     Returns:
@@ -119,11 +119,12 @@ def refit_in_order(
     for index, branch in enumerate(branches):
         fit = _Fit(branch, narrow, frozenset(cut.needed(index)))
         ahead, behind = whole.step(index), cut.step(index, skip=branch)
+        channels = _kept_channels(branch.stream, dependencies, cuts)
         moved = []
         for original, pruned in states:
             moved.append((ahead(original), behind(pruned)))
             wanted = moved[-1][0][branch.stream]
-            fit.add(moved[-1][1], wanted if stream is None else _mapped(wanted, stream))
+            fit.add(moved[-1][1], wanted[..., channels] if stream is None else _mapped(wanted, stream))
         if not moved:
             return {}
         with single_threaded():
@@ -135,6 +136,14 @@ def refit_in_order(
         if progress is not None:
             progress(index + 1, len(branches))
     return found
+
+
+def _kept_channels(stream: str, dependencies: Dependencies, cuts: Sequence[Cut]) -> np.ndarray | slice:
+    """The channels of the residual stream that a cut leaves."""
+    shape = dependencies.facts.shapes[stream]
+    atoms = dependencies.atoms(stream, len(shape) - 1)
+    mine = [cut for cut in cuts if cut.atom in atoms]
+    return cut_array(np.arange(shape[-1]), [atoms], dependencies.size, mine) if mine else slice(None)
 
 
 def _mapped(stream: np.ndarray, change: np.ndarray) -> np.ndarray:
