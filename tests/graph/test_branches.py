@@ -1,4 +1,4 @@
-"""Branches are where they should be, in order, and their equation holds on the activations; elsewhere there are none."""
+"""Branches are where they should be, in order, and their equation holds; elsewhere there are none."""
 
 from __future__ import annotations
 
