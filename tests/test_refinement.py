@@ -154,6 +154,24 @@ def test_too_few_samples_to_judge_by_leave_the_one_shot_weights(model: onnx.Mode
     assert "steps" not in pruned(model, count=3).record
 
 
+def test_the_samples_that_judge_a_step_are_not_those_it_is_fitted_on(
+    model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[Batch], list[Batch]]] = []
+
+    def watched(
+        analysis: Analysis, plan: Plan, updates: dict[str, np.ndarray], batches: Any, loss: Any, **_: Any
+    ) -> Refined:
+        seen.append((list(batches), list(loss._batches)))
+        return Refined(updates)
+
+    monkeypatch.setattr("onnxsnp.pruning.refine", watched)
+    pruned(model)
+    ((fit, judge),) = seen
+    rows = [{sample.tobytes() for batch in part for sample in batch.inputs["x"]} for part in (fit, judge)]
+    assert (len(rows[0]), len(rows[1])) == (128, 32) and not rows[0] & rows[1]
+
+
 def test_a_dropped_step_leaves_the_weights_of_the_one_shot(
     model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
