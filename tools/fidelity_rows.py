@@ -55,23 +55,27 @@ def rows_for(analysis: Analysis) -> list[Row]:
         Row("query-key 70 %", ("qk",), ratio=0.7),
         Row("value 50 %", ("v",), ratio=0.5),
         Row("FFN 50 %", ("ffn",), ratio=0.5),
+        Row("residual 20 %", ("residual",), ratio=0.2),
     ]
     rows += [Row(f"all, {100 * share:.0f} % of MACs", ATTENTION_AND_FFN, share=share) for share in SHARES]
     if has_published_shape(analysis):
         rows += _published(analysis)
-    # Rows with the residual stream in scope belong here: the same classes of cuts, `kinds` with "residual" in it.
     return rows
 
 
 def _published(analysis: Analysis) -> list[Row]:
-    """The layer-wise ratios of SNP (arXiv 2404.11630) and their MACs, both with the residual stream uncut."""
-    groups = [group for group in analysis.structure.groups if group.kind in ATTENTION_AND_FFN]
-    counts = from_file(f"{RATIOS}:{PUBLISHED}", groups, scoped=True)
+    """The layer-wise ratios of SNP (arXiv 2404.11630) and their MACs, without and with the residual stream."""
+    every = [group for group in analysis.structure.groups if group.kind in (*ATTENTION_AND_FFN, "residual")]
+    inner = [group for group in every if group.kind != "residual"]
+    whole = from_file(f"{RATIOS}:{PUBLISHED}", every)
+    counts = from_file(f"{RATIOS}:{PUBLISHED}", inner, scoped=True)
     budget = _entry()["expected"]["gmacs"]
     share = 1 - budget * 1e9 / analysis.cost.total("macs")
     return [
         Row("published ratios, residual uncut", ATTENTION_AND_FFN, counts=counts),
-        Row(f"published budget, {budget:.2f} GMACs", ATTENTION_AND_FFN, share=share),
+        Row("published ratios", (*ATTENTION_AND_FFN, "residual"), counts=whole),
+        Row(f"{budget:.2f} GMACs, residual uncut", ATTENTION_AND_FFN, share=share),
+        Row(f"{budget:.2f} GMACs", (*ATTENTION_AND_FFN, "residual"), share=share),
     ]
 
 

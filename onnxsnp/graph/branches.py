@@ -47,7 +47,8 @@ def find_branches(graph: Graph, dependencies: Dependencies, linears: Mapping[str
     found, taken = [], -1
     for linear in mine:
         branch = _branch(linear, graph, dependencies)
-        if branch is not None and made[branch.stream] > taken:  # two branches into one sum: the first is refitted
+        # a projection before the sum of the one before it, or into the same sum, would need inputs that are gone
+        if branch is not None and order[linear.node] > taken:
             found.append(branch)
             taken = made[branch.stream]
     return found
@@ -56,7 +57,10 @@ def find_branches(graph: Graph, dependencies: Dependencies, linears: Mapping[str
 def _branch(linear: Linear, graph: Graph, dependencies: Dependencies) -> Branch | None:
     shapes, readers = dependencies.facts.shapes, graph.readers()
     width = graph.weights[linear.weight].shape[linear.outer]
-    name = next(node.output[0] for node in graph.nodes if node.name == linear.node)
+    projection = next(node for node in graph.nodes if node.name == linear.node)
+    if linear.bias is None and len(projection.input) > 2 and projection.input[2]:
+        return None  # a Gemm that adds something else than a bias
+    name = projection.output[0]
     scale: str | None = None
     while True:
         uses = [node for node, _ in readers.get(name, []) if node.op_type not in ("Shape", "Size")]

@@ -44,7 +44,7 @@ def segments(graph: Graph, ends: Sequence[str]) -> list[Segment]:
     Raises:
         ValueError: a tensor that no node computes, or not in order.
     """
-    made = {name: index for index, node in enumerate(graph.nodes) for name in node.output}
+    made = {name: index for index, node in enumerate(graph.nodes) for name in node.output if name}
     places = [made.get(name, -1) for name in ends]
     if any(place < 0 for place in places) or sorted(set(places)) != places:
         raise ValueError("segments need tensors that nodes compute, in the order in which they are computed")

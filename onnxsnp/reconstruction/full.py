@@ -297,16 +297,9 @@ class Reconstruction:
         return updates
 
     def streams(self, plan: Plan) -> dict[int, np.ndarray]:
-        """How narrower residual streams follow from the original ones, x' = x R: R [size, kept] by factor."""
-        found = {}
-        for entry in plan.groups:
-            if entry.kind == "residual" and entry.kept < entry.size:
-                atom = self._analysis.groups[entry.id].atom
-                rotated = entry.id in self.rotations.residuals
-                found[atom] = (
-                    self._residual(entry.id).change(entry.kept) if rotated else np.eye(entry.size)[:, entry.keep[0]]
-                )
-        return found
+        """How rotated, narrower residual streams follow from the original ones, x' = x R: R [size, kept] by factor."""
+        cut = [entry for entry in plan.groups if entry.id in self.rotations.residuals and entry.kept < entry.size]
+        return {self._analysis.groups[entry.id].atom: self._residual(entry.id).change(entry.kept) for entry in cut}
 
     def _residual_weights(self, entry: GroupPlan, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """New weights by name of what touches a residual stream, on top of those the other groups' cuts made."""

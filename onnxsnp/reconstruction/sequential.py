@@ -44,7 +44,7 @@ class Joint:
     """Joint second moments of a projection's input x and its target t, about zero.
 
     Attributes:
-        inputs: Σ xᵀx, [K, K], of which only the lower triangle is filled.
+        inputs: Σ xᵀx, [K, K], lower triangle only.
         cross: Σ xᵀt, [K, out].
         total, wanted: Σ x, [K], and Σ t, [out].
         count: tokens.
@@ -106,7 +106,8 @@ def refit_in_order(
         graph: the analysed graph that `cuts` and `updates` refer to.
         updates: the one-shot weights, in their original shapes.
         batches: calibration samples; gone through once.
-        streams: by factor, R [old, new] where the width of a residual stream is cut: x' = x R.
+        streams: by factor, R [old, new] of residual streams that were rotated: x' = x R. Of others that are cut, the
+            channels that stay are what they were.
         progress: called with (branches done, branches in all).
 
     Returns:
@@ -121,44 +122,45 @@ def refit_in_order(
     cut = _Walk(narrow, branches, threads, provider)
     states: Iterable[tuple[State, State]] = ((dict(batch.inputs), dict(batch.inputs)) for batch in batches)
     found: dict[str, np.ndarray] = {}
+    tokens = 0  # of the branch before; not known for the first, which is fitted on all
     for index, branch in enumerate(branches):
         fit = _Fit(branch, narrow, frozenset(cut.needed(index)))
         ahead, behind = whole.step(index), cut.step(index, skip=branch)
-        change = _change(branch, graph, dependencies, streams or {})
-        every = _stride(states, branch, len(fit.weight))
+        change = _change(branch, graph, dependencies, cuts, streams or {})
+        every = max(1, tokens // (_ENOUGH * len(fit.weight)))
         moved = []
         for original, pruned in states:
             moved.append((ahead(original), behind(pruned)))
             wanted = moved[-1][0][branch.stream]
-            fit.add(moved[-1][1], wanted if change is None else wanted @ change, every)
+            fit.add(moved[-1][1], wanted[..., change] if change.ndim == 1 else wanted @ change, every)
         if not moved:
             return {}
         with single_threaded():
             fit.solve(strength)
         for _, pruned in moved:
             fit.advance(pruned)
-        fit.write(found, graph, dependencies, cuts, narrow)
-        states = moved
+        fit.write(found, graph, dependencies, cuts)
+        states, tokens = moved, fit.tokens
         if progress is not None:
             progress(index + 1, len(branches))
     return found
 
 
-def _stride(states: Iterable[tuple[State, State]], branch: Branch, width: int) -> int:
-    """Every how manieth token is enough to fit on; all of them while it is not known how many there are."""
-    if not isinstance(states, list):
-        return 1
-    tokens = sum(original[branch.other].size // original[branch.other].shape[-1] for original, _ in states)
-    return max(1, tokens // (_ENOUGH * width))
-
-
 def _change(
-    branch: Branch, graph: Graph, dependencies: Dependencies, streams: Mapping[int, np.ndarray]
-) -> np.ndarray | None:
-    """R for the stream that a branch adds to; None where that keeps its width."""
+    branch: Branch,
+    graph: Graph,
+    dependencies: Dependencies,
+    cuts: Sequence[Cut],
+    streams: Mapping[int, np.ndarray],
+) -> np.ndarray:
+    """R for the stream that a branch adds to; where that is not rotated, the channels that stay."""
+    width = dependencies.facts.shapes[branch.stream][-1]
     atoms = dependencies.atoms(branch.stream, len(dependencies.facts.shapes[branch.stream]) - 1)
     found = next((streams[atom] for atom in atoms if atom in streams), None)
-    return None if found is None else found.astype(graph.weights[branch.linear.weight].dtype)
+    if found is not None:
+        return found.astype(graph.weights[branch.linear.weight].dtype)
+    mine = [cut for cut in cuts if cut.atom in atoms]
+    return cut_array(np.arange(width), [atoms], dependencies.size, mine)
 
 
 class _Walk:
@@ -209,6 +211,7 @@ class _Fit:
     scale: np.ndarray = field(init=False)
     joint: Joint = field(init=False)
     batches: int = 0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         linear, weights = self.branch.linear, self.narrow.weights
@@ -221,10 +224,11 @@ class _Fit:
     def add(self, state: State, wanted: np.ndarray, every: int) -> None:
         """Take every so manieth token of a batch."""
         start = self.batches % every  # else the same positions of every image would be left out
-        self.batches += 1
         rows = slice(start, None, every)
-        wanted, other = (array.reshape(-1, len(self.bias))[rows] for array in (wanted, state[self.branch.other]))
-        self.joint.add(self._inputs(state)[rows], (wanted - other) / self.scale)
+        wanted, other = (array.reshape(-1, len(self.bias)) for array in (wanted, state[self.branch.other]))
+        self.joint.add(self._inputs(state)[rows], (wanted[rows].astype(np.float32) - other[rows]) / self.scale)
+        self.batches += 1
+        self.tokens += len(wanted)
 
     def _inputs(self, state: State) -> np.ndarray:
         return state[self.branch.linear.data].reshape(-1, len(self.weight))
@@ -244,21 +248,15 @@ class _Fit:
             del state[name]
 
     def write(
-        self,
-        found: dict[str, np.ndarray],
-        graph: Graph,
-        dependencies: Dependencies,
-        cuts: Sequence[Cut],
-        narrow: Graph,
+        self, found: dict[str, np.ndarray], graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut]
     ) -> None:
-        """New weights into the narrow graph, and in their original shapes into `found`."""
+        """New weights in their original shapes."""
         linear = self.branch.linear
-        new = {linear.weight: np.moveaxis(self.weight, 0, linear.inner)}
+        found[linear.weight] = _spread(
+            np.moveaxis(self.weight, 0, linear.inner), graph.weights[linear.weight], linear.weight, dependencies, cuts
+        )
         if linear.bias is not None:
-            new[linear.bias] = self.bias.reshape(narrow.weights[linear.bias].shape)
-        for name, array in new.items():
-            narrow.weights[name] = array
-            found[name] = _spread(array, graph.weights[name], name, dependencies, cuts)
+            found[linear.bias] = _spread(self.bias, graph.weights[linear.bias], linear.bias, dependencies, cuts)
 
 
 def _spread(
