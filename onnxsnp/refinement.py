@@ -79,9 +79,7 @@ def refine(
     found = Refined(dict(updates))
     cuts = as_cuts(plan, analysis.groups)
     refit = refit_in_order(
-        analysis.graph,
-        analysis.dependencies,
-        analysis.linears,
+        analysis,
         cuts,
         updates,
         batches,

@@ -64,8 +64,7 @@ def test_a_step_that_helps_is_kept(analysis: Analysis) -> None:
     found = refined(analysis, updates, loss)
     assert found.steps == [Step(NAME, 0.5, 0.4, True)] and found.notes() == []
     cuts = as_cuts(plan_of(analysis), analysis.groups)
-    graph, dependencies = analysis.graph, analysis.dependencies
-    refit = refit_in_order(graph, dependencies, analysis.linears, cuts, updates, samples(analysis), threads=1)
+    refit = refit_in_order(analysis, cuts, updates, samples(analysis), threads=1)
     want = {**updates, **refit}
     assert found.updates.keys() == want.keys() > updates.keys()
     assert all(np.array_equal(array, want[name]) for name, array in found.updates.items())

@@ -87,3 +87,21 @@ def segment_graph(graph: Graph, segment: Segment, outputs: Sequence[str], kinds:
             kind = helper.np_dtype_to_tensor_dtype(kinds[name])
             shell.graph.input.append(helper.make_tensor_value_info(name, kind, None))
     return part
+
+
+def between(graph: Graph, inputs: Sequence[str], output: str) -> Segment | None:
+    """What computes a tensor from some others; None if it depends on anything else that is not constant."""
+    made = graph.producers()
+    found: set[str] = set()
+    stack = [output]
+    while stack:
+        name = stack.pop()
+        if name in inputs or name in graph.weights or not name:
+            continue
+        node = made.get(name)
+        if node is None:
+            return None
+        if node.name not in found:
+            found.add(node.name)
+            stack.extend([*node.input, *subgraph_reads(node)])
+    return Segment(tuple(node for node in graph.nodes if node.name in found), tuple(inputs), (output,))

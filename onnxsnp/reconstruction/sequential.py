@@ -11,6 +11,9 @@ with covariances about the means and W₀ the one-shot solution. T is mostly noi
 varies little, and what is learnt there from a few hundred images does not carry over to others. So the ridge is strong,
 three times the mean variance of x: only directions with well more than their share of the variance are corrected.
 
+A feed-forward branch whose width is cut is first fitted as a whole to what the original's branch does with the
+original's stream (see `local`).
+
 Both networks advance once over the calibration data: between two branches only the residual stream of the samples is
 kept, in memory, and the inputs of one projection.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.linalg import blas
@@ -27,11 +31,15 @@ from onnxsnp.blas import single_threaded
 from onnxsnp.calibration.data import Batch
 from onnxsnp.graph.branches import Branch, find_branches
 from onnxsnp.graph.dependency import Dependencies
+from onnxsnp.graph.feedforward import find_feedforward
 from onnxsnp.graph.ir import Graph, SharedSession
-from onnxsnp.graph.linear import Linear
 from onnxsnp.graph.segments import Segment, segment_graph, segments
+from onnxsnp.reconstruction.local import TOKENS, LocalFit
 from onnxsnp.reconstruction.refit import solve_positive
 from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, touched, weight_axes
+
+if TYPE_CHECKING:
+    from onnxsnp.analysis import Analysis
 
 _ENOUGH = 48  # tokens per fitted row of a weight; neighbouring tokens say much the same
 STRENGTH = 3.0  # λ as a share of the mean variance of x
@@ -87,15 +95,14 @@ class Joint:
 
 
 def refit_in_order(
-    graph: Graph,
-    dependencies: Dependencies,
-    linears: Mapping[str, Linear],
+    analysis: Analysis,
     cuts: Sequence[Cut],
     updates: Mapping[str, np.ndarray],
     batches: Iterable[Batch],
     *,
     streams: Mapping[int, np.ndarray] | None = None,
     strength: float = STRENGTH,
+    local: bool = True,
     threads: int | None = None,
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -103,96 +110,156 @@ def refit_in_order(
     """Refit, in graph order, every projection that ends a branch.
 
     Args:
-        graph: the analysed graph that `cuts` and `updates` refer to.
+        cuts: in the terms of the analysed graph.
         updates: the one-shot weights, in their original shapes.
         batches: calibration samples; gone through once.
         streams: by factor, R [old, new] of residual streams that were rotated: x' = x R. Of others that are cut, the
             channels that stay are what they were.
+        strength: λ as a share of the mean variance of the projection's input.
+        local: fit feed-forward branches whose width is cut as a whole first (see `local`).
         progress: called with (branches done, branches in all).
 
     Returns:
         New weights and biases by name, in their original shapes, zero where something is cut; only those that changed.
     """
-    branches = find_branches(graph, dependencies, linears)
+    branches = find_branches(analysis.graph, analysis.dependencies, analysis.linears)
     if not branches:
         return {}
-    narrow = cut_graph(graph, dependencies, cuts, updates)
-    narrow.drop_dead()
-    whole = _Walk(graph, branches, threads, provider)
-    cut = _Walk(narrow, branches, threads, provider)
+    sweep = _Sweep(analysis, branches, cuts, updates, streams or {}, {"threads": threads, "provider": provider})
+    sweep.strength, sweep.local = strength, local
     states: Iterable[tuple[State, State]] = ((dict(batch.inputs), dict(batch.inputs)) for batch in batches)
-    found: dict[str, np.ndarray] = {}
-    tokens = 0  # of the branch before; not known for the first, which is fitted on all
-    for index, branch in enumerate(branches):
-        fit = _Fit(branch, narrow, frozenset(cut.needed(index)))
-        ahead, behind = whole.step(index), cut.step(index, skip=branch)
-        change = _change(branch, graph, dependencies, cuts, streams or {})
-        every = max(1, tokens // (_ENOUGH * len(fit.weight)))
-        moved = []
-        for original, pruned in states:
-            moved.append((ahead(original), behind(pruned)))
-            wanted = moved[-1][0][branch.stream]
-            fit.add(moved[-1][1], wanted[..., change] if change.ndim == 1 else wanted @ change, every)
+    with single_threaded():  # the threads of BLAS and those of onnxruntime would wait for each other
+        for index in range(len(branches)):
+            states = sweep.branch(index, states)
+            if not states:
+                return {}
+            if progress is not None:
+                progress(index + 1, len(branches))
+    return sweep.found
+
+
+class _Sweep:
+    """The two networks on their way, and the weights found so far."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        branches: Sequence[Branch],
+        cuts: Sequence[Cut],
+        updates: Mapping[str, np.ndarray],
+        streams: Mapping[int, np.ndarray],
+        opened: dict[str, Any],
+    ) -> None:
+        self._analysis, self._branches, self._cuts = analysis, branches, cuts
+        self._streams, self._opened = streams, opened
+        self._narrow = cut_graph(analysis.graph, analysis.dependencies, cuts, updates)
+        self._narrow.drop_dead()
+        self._whole = _Walk(analysis.graph, branches, opened)
+        self._cut = _Walk(self._narrow, branches, opened)
+        self._tokens = 0  # of the branch before; not known for the first, which is fitted on all
+        self.strength, self.local = STRENGTH, True
+        self.found: dict[str, np.ndarray] = {}
+
+    def branch(self, index: int, states: Iterable[tuple[State, State]]) -> list[tuple[State, State]]:
+        """Fit one branch, and take all samples past it."""
+        branch = self._branches[index]
+        change = _change(branch, self._analysis, self._cuts, self._streams)
+
+        def mapped(array: np.ndarray) -> np.ndarray:
+            return array if change is None else array[..., change] if change.ndim == 1 else array @ change
+
+        whole, moved = self._local(branch), []
+        ahead = self._whole.step(index, [branch.stream, branch.other])
+        for number, (original, pruned) in enumerate(states):
+            passed = ahead(original)
+            moved.append((passed, pruned))
+            if whole is not None:
+                before, after = mapped(passed[branch.other]), mapped(passed[branch.stream])
+                whole.add(before, after - before, _rows(number, self._tokens // TOKENS))
+        if whole is not None:
+            self._take(whole.fit())
+        fit = _Fit(branch, self._narrow)
+        every = self._tokens // (_ENOUGH * len(fit.weight))
+        self._tokens = 0
+        behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
+        for number, (original, pruned) in enumerate(moved):
+            moved[number] = (original, behind(pruned))
+            wanted = mapped(original[branch.stream]).reshape(-1, len(fit.bias))
+            fit.add(moved[number][1], wanted, _rows(number, every))
+            self._tokens += len(wanted)
         if not moved:
-            return {}
-        with single_threaded():
-            fit.solve(strength)
-        for _, pruned in moved:
+            return []
+        fit.solve(self.strength)
+        self._take(fit.weights())
+        for original, pruned in moved:
             fit.advance(pruned)
-        fit.write(found, graph, dependencies, cuts)
-        states, tokens = moved, fit.tokens
-        if progress is not None:
-            progress(index + 1, len(branches))
-    return found
+            self._whole.forget(index, original)
+            self._cut.forget(index, pruned)
+        return moved
+
+    def _local(self, branch: Branch) -> LocalFit | None:
+        """The fit of a feed-forward branch as a whole, if anything of it is cut."""
+        analysis, cut = self._analysis, {one.atom for one in self._cuts}
+        network = find_feedforward(branch, analysis.groups, analysis.graph, analysis.linears) if self.local else None
+        return LocalFit(network, self._narrow, self._opened) if network and network.group.atom in cut else None
+
+    def _take(self, new: Mapping[str, np.ndarray]) -> None:
+        """Weights of the narrow network, which go into `found` in their original shapes."""
+        for name, array in new.items():
+            self._narrow.weights[name] = array
+            original = self._analysis.graph.weights[name]
+            self.found[name] = _spread(array, original, name, self._analysis.dependencies, self._cuts)
+
+
+def _rows(number: int, every: int) -> slice:
+    """Some tokens of a batch: every so manieth, not the same ones in each, or positions would be left out."""
+    return slice(number % max(every, 1), None, max(every, 1))
 
 
 def _change(
-    branch: Branch,
-    graph: Graph,
-    dependencies: Dependencies,
-    cuts: Sequence[Cut],
-    streams: Mapping[int, np.ndarray],
-) -> np.ndarray:
-    """R for the stream that a branch adds to; where that is not rotated, the channels that stay."""
-    width = dependencies.facts.shapes[branch.stream][-1]
-    atoms = dependencies.atoms(branch.stream, len(dependencies.facts.shapes[branch.stream]) - 1)
+    branch: Branch, analysis: Analysis, cuts: Sequence[Cut], streams: Mapping[int, np.ndarray]
+) -> np.ndarray | None:
+    """R for the stream that a branch adds to; where that is not rotated, the channels that stay; None if all do."""
+    dependencies = analysis.dependencies
+    shape = dependencies.facts.shapes[branch.stream]
+    atoms = dependencies.atoms(branch.stream, len(shape) - 1)
     found = next((streams[atom] for atom in atoms if atom in streams), None)
     if found is not None:
-        return found.astype(graph.weights[branch.linear.weight].dtype)
+        return found.astype(analysis.graph.weights[branch.linear.weight].dtype)
     mine = [cut for cut in cuts if cut.atom in atoms]
-    return cut_array(np.arange(width), [atoms], dependencies.size, mine)
+    return cut_array(np.arange(shape[-1]), [atoms], dependencies.size, mine) if mine else None
 
 
 class _Walk:
     """Runs a network branch by branch."""
 
-    def __init__(self, graph: Graph, branches: Sequence[Branch], threads: int | None, provider: str) -> None:
-        self._graph, self._threads, self._provider = graph, threads, provider
+    def __init__(self, graph: Graph, branches: Sequence[Branch], opened: Mapping[str, Any]) -> None:
+        self._graph, self._opened = graph, opened
         self._segments: list[Segment] = segments(graph, [branch.stream for branch in branches])
 
-    def needed(self, index: int) -> tuple[str, ...]:
-        """What has to be handed on behind a branch."""
-        return self._segments[index].outputs
+    def forget(self, index: int, state: State) -> None:
+        """Drop, in place, what nothing behind a branch needs."""
+        for name in state.keys() - set(self._segments[index].outputs):
+            del state[name]
 
-    def step(self, index: int, skip: Branch | None = None) -> Callable[[State], State]:
+    def step(self, index: int, extra: Sequence[str], skip: str | None = None) -> Callable[[State], State]:
         """From the state before a branch to the one behind it.
 
         Args:
-            skip: stop short of this branch: the state then holds the projection's input and the other summand instead.
+            extra: further tensors to return.
+            skip: a tensor that is not to be computed.
         """
         segment = self._segments[index]
-        outputs = list(segment.outputs)
-        if skip is not None:
-            outputs = list(dict.fromkeys([*(n for n in outputs if n != skip.stream), skip.linear.data, skip.other]))
+        outputs = [name for name in dict.fromkeys([*segment.outputs, *extra]) if name != skip]
         kept = [name for name in outputs if name in segment.inputs]
         made = [name for name in outputs if name not in segment.inputs]
-        opened: list[tuple[SharedSession, list[str]]] = []
+        sessions: list[tuple[SharedSession, list[str]]] = []
 
         def run(state: State) -> State:
-            if not opened:  # element types are known once there is a sample
+            if not sessions:  # element types are known once there is a sample
                 part = segment_graph(self._graph, segment, made, {name: array.dtype for name, array in state.items()})
-                opened.append((part.session(threads=self._threads, provider=self._provider), part.inputs))
-            session, read = opened[0]
+                sessions.append((part.timed_session(**self._opened), part.inputs))
+            session, read = sessions[0]
             values = session.run(made, {name: state[name] for name in read}) if made else []
             return {name: state[name] for name in kept} | dict(zip(made, values, strict=True))
 
@@ -201,17 +268,14 @@ class _Walk:
 
 @dataclass
 class _Fit:
-    """The refit of one branch: x and T of all samples go in, new weights and the next state come out."""
+    """The refit of the projection that ends a branch: x and T of all samples go in, weights and the stream come out."""
 
     branch: Branch
     narrow: Graph
-    needed: frozenset[str]
     weight: np.ndarray = field(init=False)
     bias: np.ndarray = field(init=False)
     scale: np.ndarray = field(init=False)
     joint: Joint = field(init=False)
-    batches: int = 0
-    tokens: int = 0
 
     def __post_init__(self) -> None:
         linear, weights = self.branch.linear, self.narrow.weights
@@ -221,42 +285,32 @@ class _Fit:
         self.scale = weights[self.branch.scale].reshape(-1) if self.branch.scale else np.ones(out, self.weight.dtype)
         self.joint = Joint.empty(width, out)
 
-    def add(self, state: State, wanted: np.ndarray, every: int) -> None:
-        """Take every so manieth token of a batch."""
-        start = self.batches % every  # else the same positions of every image would be left out
-        rows = slice(start, None, every)
-        wanted, other = (array.reshape(-1, len(self.bias)) for array in (wanted, state[self.branch.other]))
-        self.joint.add(self._inputs(state)[rows], (wanted[rows].astype(np.float32) - other[rows]) / self.scale)
-        self.batches += 1
-        self.tokens += len(wanted)
+    def add(self, state: State, wanted: np.ndarray, rows: slice) -> None:
+        """Take some tokens of a batch; `wanted` is the stream as it should be, [tokens, out]."""
+        other = state[self.branch.other].reshape(wanted.shape)[rows]
+        self.joint.add(self._inputs(state)[rows], (wanted[rows].astype(np.float32) - other) / self.scale)
 
     def _inputs(self, state: State) -> np.ndarray:
         return state[self.branch.linear.data].reshape(-1, len(self.weight))
 
     def solve(self, strength: float) -> None:
-        linear, dtype = self.branch.linear, self.weight.dtype
-        start = self.weight.astype(np.float64)
-        weight, bias = self.joint.solve(start, strength, centred=linear.bias is not None)
+        dtype, start = self.weight.dtype, self.weight.astype(np.float64)
+        weight, bias = self.joint.solve(start, strength, centred=self.branch.linear.bias is not None)
         self.weight, self.bias = weight.astype(dtype), bias.astype(dtype)
 
     def advance(self, state: State) -> None:
-        """Put the sum in the place of what it was made of."""
-        branch = self.branch
+        """Add the sum."""
+        other = state[self.branch.other]
         output = (self._inputs(state) @ self.weight + self.bias) * self.scale
-        state[branch.stream] = state[branch.other] + output.reshape(state[branch.other].shape)
-        for name in {branch.linear.data, branch.other} - self.needed:
-            del state[name]
+        state[self.branch.stream] = other + output.reshape(other.shape)
 
-    def write(
-        self, found: dict[str, np.ndarray], graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut]
-    ) -> None:
-        """New weights in their original shapes."""
+    def weights(self) -> dict[str, np.ndarray]:
+        """New weights of the narrow network by name."""
         linear = self.branch.linear
-        found[linear.weight] = _spread(
-            np.moveaxis(self.weight, 0, linear.inner), graph.weights[linear.weight], linear.weight, dependencies, cuts
-        )
+        new = {linear.weight: np.moveaxis(self.weight, 0, linear.inner)}
         if linear.bias is not None:
-            found[linear.bias] = _spread(self.bias, graph.weights[linear.bias], linear.bias, dependencies, cuts)
+            new[linear.bias] = self.bias.reshape(self.narrow.weights[linear.bias].shape)
+        return new
 
 
 def _spread(

@@ -94,8 +94,7 @@ def half(analysis: Analysis, kinds: Sequence[str] = CUT) -> Plan:
 
 def refit(analysis: Analysis, plan: Plan, updates: Weights, feeds: Sequence[Weights], **options: Any) -> Weights:
     cuts = as_cuts(plan, analysis.groups)
-    graph, dependencies = analysis.graph, analysis.dependencies
-    return refit_in_order(graph, dependencies, analysis.linears, cuts, updates, batches_of(feeds), threads=1, **options)
+    return refit_in_order(analysis, cuts, updates, batches_of(feeds), threads=1, local=False, **options)
 
 
 def narrowed(analysis: Analysis, name: str, array: np.ndarray, cuts: Sequence[Cut]) -> np.ndarray:
@@ -299,10 +298,7 @@ def test_the_samples_are_gone_through_once() -> None:
     plan = half(analysis)
     cuts, once = as_cuts(plan, analysis.groups), Once(batches_of(feeds))
     steps: list[tuple[int, int]] = []
-    graph, dependencies = analysis.graph, analysis.dependencies
-    found = refit_in_order(
-        graph, dependencies, analysis.linears, cuts, {}, once, threads=1, progress=lambda *step: steps.append(step)
-    )
+    found = refit_in_order(analysis, cuts, {}, once, threads=1, local=False, progress=lambda *step: steps.append(step))
     assert (once.passes, once.given) == (1, len(feeds))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     again = refit(analysis, plan, {}, feeds)

@@ -1,0 +1,101 @@
+"""Fit a feed-forward branch of the cut network to what the original computes there, given the original's stream.
+
+The problem is local: in goes the residual stream of the original before the branch (mapped, where its width is cut),
+out comes what the original's branch adds to it. Earlier cuts play no part, so that one fit does not chase the errors of
+others; that is left to the sequential refit of the branch's last projection (see `sequential`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from onnxsnp.graph.feedforward import FeedForward
+from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.linear import Linear
+from onnxsnp.graph.segments import Segment, between, segment_graph
+from onnxsnp.reconstruction.two_layers import Activation, TwoLayers, fit_two_layers
+
+TOKENS = 16384  # that a branch is fitted on at most
+
+
+class LocalFit:
+    """Collects tokens of one feed-forward branch, and fits its layers.
+
+    Args:
+        narrow: the cut network.
+        opened: threads and provider of its sessions.
+    """
+
+    def __init__(self, network: FeedForward, narrow: Graph, opened: dict[str, Any]) -> None:
+        self._network, self._narrow, self._opened = network, narrow, opened
+        self._inputs: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+
+    def add(self, before: np.ndarray, added: np.ndarray, rows: slice) -> None:
+        """Take some tokens of a batch.
+
+        Args:
+            before: the stream in front of the branch, [..., channels] of the cut network.
+            added: what the branch should add to it.
+            rows: which of the tokens to take.
+        """
+        width = before.shape[-1]
+        self._inputs.append(np.ascontiguousarray(before.reshape(-1, width)[rows]))
+        self._targets.append(np.ascontiguousarray(added.reshape(-1, width)[rows]))
+
+    def fit(self) -> dict[str, np.ndarray]:
+        """New weights and biases of the cut network by name; none if that did not lower the error."""
+        network, weights = self._network, self._narrow.weights
+        stream = np.concatenate(self._inputs)
+        inputs = self._runner([network.branch.other], network.inputs)([stream])
+        target = np.concatenate(self._targets)
+        if network.branch.scale is not None:
+            target = target / weights[network.branch.scale].reshape(-1)
+        last = network.branch.linear
+        start = TwoLayers(
+            tuple((_matrix(weights, one), _bias(weights, one)) for one in network.first),
+            _matrix(weights, last),
+            _bias(weights, last),
+        )
+        activation = self._runner(list(network.before), last.data)
+        found, errors = fit_two_layers(start, inputs.reshape(len(stream), -1), target, activation)
+        if len(errors) == 1:
+            return {}
+        new: dict[str, np.ndarray] = {}
+        for linear, (weight, bias) in [
+            *zip(network.first, found.first, strict=True),
+            (last, (found.second, found.bias)),
+        ]:
+            new[linear.weight] = np.moveaxis(weight, 0, linear.inner)
+            if linear.bias is not None and bias is not None:
+                new[linear.bias] = bias.reshape(weights[linear.bias].shape)
+        return new
+
+    def _runner(self, given: list[str], wanted: str) -> Activation:
+        """A part of the cut network as a function."""
+        part = between(self._narrow, given, wanted)
+        if part is None or not part.nodes:
+            return lambda arrays: arrays[0]
+        kind = self._narrow.weights[self._network.branch.linear.weight].dtype
+        graph = segment_graph(
+            self._narrow, Segment(part.nodes, part.inputs, (wanted,)), [wanted], dict.fromkeys(given, kind)
+        )
+        session = graph.session(
+            **{**self._opened, "threads": 1}
+        )  # it is called from as many threads as there are cores
+
+        def run(arrays: Any) -> np.ndarray:
+            feeds = {name: np.asarray(array, kind) for name, array in zip(given, arrays, strict=True)}
+            return session.run([wanted], {name: feeds[name] for name in graph.inputs})[0].astype(np.float32, copy=False)
+
+        return run
+
+
+def _matrix(weights: dict[str, np.ndarray], linear: Linear) -> np.ndarray:
+    return np.moveaxis(weights[linear.weight], linear.inner, 0)
+
+
+def _bias(weights: dict[str, np.ndarray], linear: Linear) -> np.ndarray | None:
+    return None if linear.bias is None else weights[linear.bias].reshape(-1)
