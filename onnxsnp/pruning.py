@@ -140,8 +140,9 @@ class _Run:
         record |= {"allocation": self.allocation, "notes": self.notes, "seconds": self.seconds}
         if dry_run:
             return PruneResult(plan, record)
+        del statistics
         updates = self._weights(record, analysis, plan, reconstruction, data, loss)
-        del statistics, reconstruction, loss
+        del reconstruction, loss
         give_back()
         applied, proof = self._cut(analysis, plan, updates, sample)
         record["verification"] = vars(proof)
@@ -387,14 +388,17 @@ class _Run:
                 updates = reconstruction.weights(plan)
         if loss is None or not any(entry.kept < entry.size for entry in plan.groups):
             return updates
+        streams = reconstruction.streams(plan)
+        reconstruction.forget()  # second moments of wide layers are larger than the model
+        give_back()
         with self.stage("refit in order"):
             refined = refine(
                 analysis,
                 plan,
                 updates,
-                _split(data, self._seen(data))[0],
+                lambda: _split(data, self._seen(data))[0],
                 loss,
-                streams=reconstruction.streams(plan),
+                streams=streams,
                 threads=self.options.threads,
                 provider=self.options.provider,
                 progress=lambda done, total: self.progress("refit in order", done, total),

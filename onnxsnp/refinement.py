@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,14 @@ class Refined:
     steps: list[Step] = field(default_factory=list)
 
     def report(self) -> list[dict[str, Any]]:
-        """The steps as plain data for JSON."""
-        return [asdict(step) for step in self.steps]
+        """The steps as plain data for JSON; a loss that is not finite is None."""
+        return [
+            {
+                name: None if isinstance(value, float) and not isfinite(value) else value
+                for name, value in vars(step).items()
+            }
+            for step in self.steps
+        ]
 
     def notes(self) -> list[str]:
         """One line for each step that was dropped."""
@@ -60,7 +67,7 @@ def refine(
     analysis: Analysis,
     plan: Plan,
     updates: Mapping[str, np.ndarray],
-    batches: Iterable[Batch],
+    batches: Callable[[], Iterable[Batch]],
     loss: Loss,
     *,
     streams: Mapping[int, np.ndarray] | None = None,
@@ -68,34 +75,39 @@ def refine(
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Refined:
-    """Refit in graph order, and keep the result if it is better on unseen samples.
+    """Refit in graph order, with feed-forward branches fitted as a whole; if that does not help, without.
 
     Args:
         updates: the one-shot weights, in their original shapes.
-        batches: the samples to fit on; gone through once.
+        batches: the samples to fit on; gone through once for each attempt.
         loss: measures on samples that no fit has seen.
         streams: see `refit_in_order`.
     """
     found = Refined(dict(updates))
     cuts = as_cuts(plan, analysis.groups)
-    refit = refit_in_order(
-        analysis,
-        cuts,
-        updates,
-        batches,
-        streams=streams,
-        threads=threads,
-        provider=provider,
-        progress=progress,
-    )
-    if refit:
-        _judge(found, "sequential refit", {**found.updates, **refit}, plan, loss)
+    for name, local in (("fit of feed-forward branches and sequential refit", True), ("sequential refit", False)):
+        refit = refit_in_order(
+            analysis,
+            cuts,
+            updates,
+            batches(),
+            streams=streams,
+            local=local,
+            threads=threads,
+            provider=provider,
+            progress=progress,
+        )
+        if not refit:
+            break
+        _judge(found, name, {**found.updates, **refit}, plan, loss)
+        if found.steps[-1].kept:
+            break
     return found
 
 
 def _judge(found: Refined, name: str, updates: dict[str, np.ndarray], plan: Plan, loss: Loss) -> None:
     entries: Sequence[Any] = plan.groups
-    before = found.steps[-1].after if found.steps and found.steps[-1].kept else loss.of(entries, found.updates)
+    before = found.steps[-1].before if found.steps else loss.of(entries, found.updates)
     after = loss.of(entries, updates)
     found.steps.append(Step(name, before, after, after < before))
     if after < before:

@@ -21,6 +21,7 @@ from onnxsnp.reconstruction.sequential import refit_in_order
 from onnxsnp.refinement import Refined, Step, refine
 
 NAME = "sequential refit"
+BOTH = f"fit of feed-forward branches and {NAME}"
 
 
 class Told:
@@ -51,7 +52,7 @@ def refined(
     analysis: Analysis, updates: dict[str, np.ndarray], loss: Told, batches: list[Batch] | None = None
 ) -> Refined:
     given = samples(analysis) if batches is None else batches
-    return refine(analysis, plan_of(analysis), updates, given, cast(Loss, loss), threads=1)
+    return refine(analysis, plan_of(analysis), updates, lambda: given, cast(Loss, loss), threads=1)
 
 
 def some_updates(analysis: Analysis) -> dict[str, np.ndarray]:
@@ -62,7 +63,7 @@ def some_updates(analysis: Analysis) -> dict[str, np.ndarray]:
 def test_a_step_that_helps_is_kept(analysis: Analysis) -> None:
     updates, loss = some_updates(analysis), Told(0.5, 0.4)
     found = refined(analysis, updates, loss)
-    assert found.steps == [Step(NAME, 0.5, 0.4, True)] and found.notes() == []
+    assert found.steps == [Step(BOTH, 0.5, 0.4, True)] and found.notes() == []
     cuts = as_cuts(plan_of(analysis), analysis.groups)
     refit = refit_in_order(analysis, cuts, updates, samples(analysis), threads=1)
     want = {**updates, **refit}
@@ -74,15 +75,26 @@ def test_a_step_that_helps_is_kept(analysis: Analysis) -> None:
 
 
 @pytest.mark.parametrize("after", [0.6, 0.5, float("nan")])
-def test_a_step_that_does_not_help_is_dropped_with_a_note(analysis: Analysis, after: float) -> None:
+def test_steps_that_do_not_help_are_dropped_with_a_note_each(analysis: Analysis, after: float) -> None:
     updates = some_updates(analysis)
-    found = refined(analysis, updates, Told(0.5, after))
+    found = refined(analysis, updates, Told(0.5, after, 0.7))
     assert found.updates.keys() == updates.keys()
     assert all(found.updates[name] is array for name, array in updates.items())
-    (step,) = found.steps
-    assert (step.name, step.before, step.kept) == (NAME, 0.5, False)
-    (note,) = found.notes()
-    assert NAME in note and "dropped" in note and "0.5" in note and f"{after:.4g}" in note
+    assert [(step.name, step.before, step.kept) for step in found.steps] == [(BOTH, 0.5, False), (NAME, 0.5, False)]
+    note, other = found.notes()
+    assert BOTH in note and "dropped" in note and "0.5" in note and f"{after:.4g}" in note
+    assert BOTH not in other and NAME in other and "0.7" in other
+    json.dumps(found.report(), allow_nan=False)
+
+
+def test_without_the_fit_of_feed_forward_branches_the_refit_may_still_help(analysis: Analysis) -> None:
+    updates, loss = some_updates(analysis), Told(0.5, 0.6, 0.4)
+    found = refined(analysis, updates, loss)
+    assert [(step.name, step.kept) for step in found.steps] == [(BOTH, False), (NAME, True)]
+    cuts = as_cuts(plan_of(analysis), analysis.groups)
+    refit = refit_in_order(analysis, cuts, updates, samples(analysis), local=False, threads=1)
+    assert all(np.array_equal(found.updates[name], array) for name, array in refit.items())
+    assert np.array_equal(found.updates["/blocks.0/mlp/fc1.w"], updates["/blocks.0/mlp/fc1.w"])
 
 
 def test_the_given_weights_are_not_changed(analysis: Analysis) -> None:
@@ -94,7 +106,7 @@ def test_the_given_weights_are_not_changed(analysis: Analysis) -> None:
 
 def test_the_report_is_plain_data(analysis: Analysis) -> None:
     found = refined(analysis, {}, Told(0.5, 0.25))
-    assert json.loads(json.dumps(found.report())) == [{"name": NAME, "before": 0.5, "after": 0.25, "kept": True}]
+    assert json.loads(json.dumps(found.report())) == [{"name": BOTH, "before": 0.5, "after": 0.25, "kept": True}]
 
 
 def test_without_samples_nothing_is_tried(analysis: Analysis) -> None:
@@ -107,7 +119,7 @@ def test_where_nothing_ends_a_branch_nothing_is_tried() -> None:
     mlp = analyse_model(graphs.mlp(4, 6, 3))
     loss, updates = Told(), {"fc1.w": mlp.graph.weights["fc1.w"]}
     plan = Plan("", [graphs.keeping(mlp.groups["ffn.0"], [[0, 1, 4]])])
-    found = refine(mlp, plan, updates, samples(mlp), cast(Loss, loss), threads=1)
+    found = refine(mlp, plan, updates, lambda: samples(mlp), cast(Loss, loss), threads=1)
     assert found.updates == updates and (found.report(), found.notes(), loss.asked) == ([], [], [])
 
 
@@ -127,10 +139,12 @@ def result(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_the_record_tells_the_steps(result: PruneResult) -> None:
-    (step,) = result.record["steps"]
-    assert step.keys() == {"name", "before", "after", "kept"} and step["name"] == NAME
-    assert step["before"] > 0 and step["after"] > 0 and step["kept"] == (step["after"] < step["before"])
-    assert any(NAME in note for note in result.record["notes"]) != step["kept"]
+    steps = result.record["steps"]
+    assert [step["name"] for step in steps] == [BOTH, NAME][: len(steps)] and steps
+    for step in steps:
+        assert step.keys() == {"name", "before", "after", "kept"}
+        assert step["before"] > 0 and step["after"] > 0 and step["kept"] == (step["after"] < step["before"])
+        assert any(note.startswith(step["name"]) for note in result.record["notes"]) != step["kept"]
     written = json.loads(Path(result.record["output"]).with_suffix(".json").read_text())
     assert written["steps"] == result.record["steps"]
     assert result.record["seconds"]["refit in order"] > 0
@@ -161,7 +175,7 @@ def test_the_samples_that_judge_a_step_are_not_those_it_is_fitted_on(
     def watched(
         analysis: Analysis, plan: Plan, updates: dict[str, np.ndarray], batches: Any, loss: Any, **_: Any
     ) -> Refined:
-        seen.append(([batch.inputs for batch in batches], loss._tails[0].states))
+        seen.append(([batch.inputs for batch in batches()], loss._tails[0].states))
         return Refined(updates)
 
     monkeypatch.setattr("onnxsnp.pruning.refine", watched)

@@ -105,7 +105,7 @@ def proposal(bench: Bench, row: Row, method: str) -> tuple[list[GroupPlan], Mapp
     plan = Plan("", selector.entries(counts))
     updates = reconstruction.weights(plan)
     if "sequential" not in off:
-        updates = refine(analysis, plan, updates, bench.fit(), loss, streams=reconstruction.streams(plan)).updates
+        updates = refine(analysis, plan, updates, bench.fit, loss, streams=reconstruction.streams(plan)).updates
     return plan.groups, updates
 
 

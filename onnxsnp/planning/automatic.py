@@ -141,11 +141,13 @@ class _Search:
         found.start = found.loss = self._measured(found.counts)
         for step in _STEPS:
             for knob in self._knobs:
-                for factor in (step, 1 / step):
-                    trial = {**found.balance, knob: found.balance[knob] * factor}
-                    if self._try(self._solved(trial)):
-                        found.balance = trial
-                        break
+                better = [
+                    trial
+                    for factor in (step, 1 / step)
+                    if self._try(self._solved(trial := {**found.balance, knob: found.balance[knob] * factor}))
+                ]
+                if better:  # of the two directions the one tried last, which was better than the first
+                    found.balance = better[-1]
 
     def _start(self, balance: Mapping[str, float]) -> dict[str, int]:
         """The knapsack's answer with whole streams; where that is too little, with streams as wide as can be."""

@@ -301,6 +301,12 @@ class Reconstruction:
         cut = [entry for entry in plan.groups if entry.id in self.rotations.residuals and entry.kept < entry.size]
         return {self._analysis.groups[entry.id].atom: self._residual(entry.id).change(entry.kept) for entry in cut}
 
+    def forget(self) -> None:
+        """Let go of the statistics and of everything made from them, once the weights of the last plan are known."""
+        self._statistics = Statistics()
+        for cache in (self._orders, self._pairs, self._values, self._residuals, self._last):
+            cache.clear()
+
     def _residual_weights(self, entry: GroupPlan, updates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """New weights by name of what touches a residual stream, on top of those the other groups' cuts made."""
         keep = np.asarray(entry.keep[0])
