@@ -290,7 +290,6 @@ class _Run:
         self.allocation = {
             "loss": found.loss,
             "start": found.start,
-            "balance": found.balance,
             "sensitivity": found.sensitivity,
         }
         return found.counts

@@ -1,10 +1,12 @@
 """Automatic allocation: widths that lose least for the cost they save (METHODS 2.6).
 
 Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
-measured by cutting the group alone. The knapsack over these curves is the start; since single-group sensitivities do
-not simply add up, the balance between the kinds of groups, and between early and late blocks, is then refined on the
-joint loss of whole plans. Residual streams are read by everything; how wide they stay is tried out, each time with the
-knapsack's answer for the rest.
+measured by cutting the group alone, and steadied by what its neighbours say. The knapsack over these curves is the
+answer. Residual streams are read by everything; how wide they stay is tried out, each time with the knapsack's answer
+for the rest.
+
+Refining the knapsack's answer on the joint loss of whole plans was tried and does harm: it lowers the loss of the
+one-shot weights, but what is left after the sequential refit grows. Steadying the sensitivities helps both.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from onnxsnp.planning.selection import Selector
 ALONE = 16  # samples on which groups are measured alone; whole plans are measured on all there are
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
 NOTHING = 3e-5  # share of the error of a single neuron below which a width counts as lossless
-_STEPS = (2.0, 1.4)  # factors by which weights are changed while refining
+_TRUST = 0.5  # of a group's own sensitivity against the trend over the depth of the network
+_TREND = 5  # groups of a kind from which on there is a trend
 _FIRST = 0.08  # of a residual stream: how much narrower it is tried first
 _WIDTHS = 6  # widths of a residual stream that are tried at most
-DEPTH = "depth"  # key of the factor between the last and the middle block
 
 
 @dataclass
@@ -37,14 +39,11 @@ class Allocation:
     Attributes:
         counts: kept neurons by group id.
         sensitivity: by group id, the loss when the group alone loses `REMOVED` of its neurons (or more, see `_probed`).
-        balance: the factors that refining put on the sensitivities: by kind, and under `DEPTH` that of the last block
-            (its inverse for the first, between them in proportion to the depth, on a logarithmic scale).
-        loss: joint loss of the plan; start is that of the knapsack's first answer.
+        loss: joint loss of the plan; start is that of the plan with whole residual streams.
     """
 
     counts: dict[str, int]
     sensitivity: dict[str, float] = field(default_factory=dict)
-    balance: dict[str, float] = field(default_factory=dict)
     loss: float = float("nan")
     start: float = float("nan")
 
@@ -81,7 +80,7 @@ def allocate(
     """
     search = _Search(groups, cost, share, what, multiple, selector, loss, progress)
     search.measure_alone()
-    search.refine()
+    search.start()
     for stream in search.streams:
         search.narrow(stream)
     return search.found
@@ -115,12 +114,7 @@ class _Search:
         self._curves = {name: curve for name, curve in curves.items() if curve is not None}
         self.known = [group for group in groups if group.id in self._curves]
         self._scale: dict[str, float] = {}
-        self._depth = _depths(self.known)
-        self._kinds = list(dict.fromkeys(group.kind for group in self.known))
-        self._knobs = [*self._kinds[1:], *([DEPTH] if len(self.known) > len(self._kinds) else [])]
-        self._done = 0
-        tried = 1 + 2 * len(_STEPS) * len(self._knobs) + _WIDTHS * len(self.streams)
-        self._total = len(self.known) + tried
+        self._done, self._total = 0, len(self.known) + 1 + _WIDTHS * len(self.streams)
         self._streams: dict[str, int] = {}
         self.found = Allocation({})
 
@@ -132,31 +126,23 @@ class _Search:
             alone = self._measured({group.id: kept}, ALONE)
             self.found.sensitivity[group.id] = alone
             self._scale[group.id] = alone / max(float(curve[kept]), np.finfo(np.float64).tiny)
+        for kind in {group.kind for group in self.known}:
+            names = [group.id for group in self.known if group.kind == kind]
+            self._scale.update(zip(names, steadied([self._scale[name] for name in names]), strict=True))
 
-    def refine(self) -> None:
-        """The knapsack's answer, and then others with the balance moved, as long as their joint loss is smaller."""
-        found = self.found
-        found.balance = {**dict.fromkeys(self._kinds, 1.0), DEPTH: 1.0}
-        found.counts = self._start(found.balance)
-        found.start = found.loss = self._measured(found.counts)
-        for step in _STEPS:
-            for knob in self._knobs:
-                better = [
-                    trial
-                    for factor in (step, 1 / step)
-                    if self._try(self._solved(trial := {**found.balance, knob: found.balance[knob] * factor}))
-                ]
-                if better:  # of the two directions the one tried last, which was better than the first
-                    found.balance = better[-1]
+    def start(self) -> None:
+        """The knapsack's answer, with streams as wide as the budget lets them be."""
+        self.found.counts = self._start()
+        self.found.start = self.found.loss = self._measured(self.found.counts)
 
-    def _start(self, balance: Mapping[str, float]) -> dict[str, int]:
+    def _start(self) -> dict[str, int]:
         """The knapsack's answer with whole streams; where that is too little, with streams as wide as can be."""
         failed: PlanError | None = None
         for part in np.arange(0, 1, _FIRST) if self.streams else [0.0]:
             widths = {group.id: _rounded(group.size * (1 - part), self._multiple) for group in self.streams}
             self._streams = {group.id: widths[group.id] for group in self.streams if widths[group.id] < group.size}
             try:
-                return self._solved(balance)
+                return self._solved()
             except PlanError as error:
                 failed = failed or error
         raise failed or PlanError("nothing can be cut")
@@ -179,7 +165,7 @@ class _Search:
         held = dict(self._streams)
         self._streams[stream.id] = kept
         try:
-            better = self._try(self._solved(self.found.balance))
+            better = self._try(self._solved())
         except PlanError:  # this stream alone saves more than was asked, or the others cannot save the rest
             better = False
         if not better:
@@ -195,7 +181,7 @@ class _Search:
             return True
         return False
 
-    def _solved(self, balance: Mapping[str, float]) -> dict[str, int]:
+    def _solved(self) -> dict[str, int]:
         """The knapsack's widths beside those of the streams.
 
         Raises:
@@ -209,15 +195,8 @@ class _Search:
             share = 1 - (1 - share) * self._cost.total(self._what) / cost.total(self._what)
             if share < 0:
                 raise PlanError("the residual stream alone saves more than was asked")
-        factors = {name: self._scale[name] * balance[DEPTH] ** self._depth[name] for name in self._scale}
         items = [
-            _item(
-                group,
-                self._curves[group.id] * factors[group.id] * balance[group.kind],
-                cost,
-                self._what,
-                self._multiple,
-            )
+            _item(group, self._curves[group.id] * self._scale[group.id], cost, self._what, self._multiple)
             for group in self.known
         ]
         return {**knapsack(items, cost, self._what, share), **self._streams}
@@ -234,13 +213,21 @@ def _rounded(width: float, multiple: int) -> int:
     return max(multiple, round(width / multiple) * multiple)
 
 
-def _depths(groups: Sequence[Group]) -> dict[str, float]:
-    """Where each group lies among those of its kind, −1 for the first to 1 for the last."""
-    found = {}
-    for kind in {group.kind for group in groups}:
-        mine = [group.id for group in groups if group.kind == kind]
-        found.update({name: 2 * index / max(len(mine) - 1, 1) - 1 for index, name in enumerate(mine)})
-    return found
+def steadied(scales: Sequence[float]) -> list[float]:
+    """Sensitivities of one kind of groups in the order of the network, half way to their trend.
+
+    Measured on a few samples, a sensitivity is off by a factor that the knapsack then exploits. Their trend over the
+    depth, a parabola on a logarithmic scale, averages over the groups.
+    """
+    values = np.asarray(scales, np.float64)
+    known = values > 0
+    if known.sum() < _TREND:
+        return values.tolist()
+    depth = np.linspace(-1, 1, len(values))
+    trend = np.polyval(np.polyfit(depth[known], np.log(values[known]), 2), depth)
+    steady = values.copy()
+    steady[known] = np.exp(_TRUST * np.log(values[known]) + (1 - _TRUST) * trend[known])
+    return steady.tolist()
 
 
 def _probed(curve: np.ndarray) -> int:
