@@ -12,7 +12,7 @@ one-shot weights, but what is left after the sequential refit grows. Steadying t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ NOTHING = 3e-5  # share of the error of a single neuron below which a width coun
 _TRUST = 0.5  # of a group's own sensitivity against the trend over the depth of the network
 _TREND = 5  # groups of a kind from which on there is a trend
 _FIRST = 0.08  # of a residual stream: how much narrower it is tried first
+WORTH = 0.85  # what a narrower stream must lower the loss to: the sequential refit makes up less for it than for others
 _WIDTHS = 6  # widths of a residual stream that are tried at most
 
 
@@ -81,8 +82,11 @@ def allocate(
     search = _Search(groups, cost, share, what, multiple, selector, loss, progress)
     search.measure_alone()
     search.start()
+    whole = replace(search.found)
     for stream in search.streams:
         search.narrow(stream)
+    if not set(whole.counts) & {stream.id for stream in search.streams} and search.found.loss > WORTH * whole.loss:
+        return replace(search.found, counts=whole.counts, loss=whole.loss)
     return search.found
 
 
