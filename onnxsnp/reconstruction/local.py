@@ -7,6 +7,7 @@ others; that is left to the sequential refit of the branch's last projection (se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class LocalFit:
 
     def __init__(self, network: FeedForward, narrow: Graph, opened: dict[str, Any]) -> None:
         self._network, self._narrow, self._opened = network, narrow, opened
+        # on whole samples: what lies in front of the projections may name axes or sizes, or mix tokens
+        self._read = self._runner([network.branch.other], network.inputs)
         self._inputs: list[np.ndarray] = []
         self._targets: list[np.ndarray] = []
 
@@ -37,19 +40,18 @@ class LocalFit:
         """Take some tokens of a batch.
 
         Args:
-            before: the stream in front of the branch, [..., channels] of the cut network.
+            before: the stream in front of the branch, as the graph has it but for the channels, those of the cut network.
             added: what the branch should add to it.
             rows: which of the tokens to take.
         """
-        width = before.shape[-1]
-        self._inputs.append(np.ascontiguousarray(before.reshape(-1, width)[rows]))
-        self._targets.append(np.ascontiguousarray(added.reshape(-1, width)[rows]))
+        inputs = self._read([before])
+        for held, array in ((self._inputs, inputs), (self._targets, added)):
+            held.append(np.ascontiguousarray(array.reshape(-1, array.shape[-1])[rows]))
 
     def fit(self) -> dict[str, np.ndarray]:
         """New weights and biases of the cut network by name; none if that did not lower the error."""
         network, weights = self._network, self._narrow.weights
-        stream = np.concatenate(self._inputs)
-        inputs = self._runner([network.branch.other], network.inputs)([stream])
+        inputs = np.concatenate(self._inputs)
         target = np.concatenate(self._targets)
         if network.branch.scale is not None:
             target = target / weights[network.branch.scale].reshape(-1)
@@ -59,8 +61,12 @@ class LocalFit:
             _matrix(weights, last),
             _bias(weights, last),
         )
-        activation = self._runner(list(network.before), last.data)
-        found, errors = fit_two_layers(start, inputs.reshape(len(stream), -1), target, activation)
+        between_layers = self._runner(list(network.before), last.data)
+
+        def activation(before: Sequence[np.ndarray]) -> np.ndarray:
+            return between_layers(before).reshape(before[0].shape)  # constants may bring leading axes
+
+        found, errors = fit_two_layers(start, inputs, target, activation)
         if len(errors) == 1:
             return {}
         new: dict[str, np.ndarray] = {}
@@ -82,9 +88,7 @@ class LocalFit:
         graph = segment_graph(
             self._narrow, Segment(part.nodes, part.inputs, (wanted,)), [wanted], dict.fromkeys(given, kind)
         )
-        session = graph.session(
-            **{**self._opened, "threads": 1}
-        )  # it is called from as many threads as there are cores
+        session = graph.session(**{**self._opened, "threads": 1})  # called from as many threads as there are cores
 
         def run(arrays: Any) -> np.ndarray:
             feeds = {name: np.asarray(array, kind) for name, array in zip(given, arrays, strict=True)}
