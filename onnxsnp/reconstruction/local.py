@@ -40,7 +40,7 @@ class LocalFit:
         """Take some tokens of a batch.
 
         Args:
-            before: the stream in front of the branch, as the graph has it but for the channels, those of the cut network.
+            before: the stream in front of the branch, whole samples, with the channels of the cut network.
             added: what the branch should add to it.
             rows: which of the tokens to take.
         """

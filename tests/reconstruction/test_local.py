@@ -1,4 +1,4 @@
-"""A feed-forward branch fitted as a whole comes closer to the original's than its one-shot weights, or is left alone."""
+"""A feed-forward branch fitted as a whole comes closer to the original than with one-shot weights, or is left alone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.segments import between, segment_graph
 from onnxsnp.planning.plan import Plan, as_cuts
 from onnxsnp.planning.selection import requirements
+from onnxsnp.pruning import prune
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.reconstruction.local import LocalFit
 from onnxsnp.reconstruction.sequential import refit_in_order
@@ -326,3 +327,28 @@ def test_without_samples_there_is_nothing_new() -> None:
     analysis, _ = case("separate")
     cuts = as_cuts(plan_of(analysis, ["ffn.0"]), analysis.groups)
     assert refit_in_order(analysis, cuts, {}, [], local=True, threads=1) == {}
+
+
+@pytest.mark.parametrize("name", ["timm_deit_sdpa_ts17_dyn", "own_gemm_dynamo18", "timm_layerscale_eager_ts17_dyn"])
+def test_pruning_with_the_stream_in_scope_meets_its_budget_and_is_proved(name: str) -> None:
+    held = EXPECTED[f"{name}.onnx"]["input"]
+    images = np.random.default_rng(3).standard_normal((160, *held["shape"][1:])).astype(np.float32)
+    options: dict[str, Any] = {
+        "calibration": {held["name"]: images},
+        "samples": 96,
+        "threads": 1,
+        "latency": False,
+        "compensation": "full",
+    }
+    first = prune(FOLDER / f"{name}.onnx", 0.5, scope="qk,v,ffn,residual", **options)
+    record = first.record
+    assert 1 - record["after"]["macs"] / record["before"]["macs"] == pytest.approx(0.5, abs=0.02)
+    assert {group["kind"] for group in record["groups"]} >= {"qk", "v", "ffn", "residual"}
+    analysis = analyse_model(FOLDER / f"{name}.onnx")
+    plan = Plan(first.plan.model, plan_of(analysis, ["ffn.0", "residual"], 0.75).groups)
+    given = prune(FOLDER / f"{name}.onnx", plan=plan, **options).record
+    plain = prune(FOLDER / f"{name}.onnx", plan=plan, **{**options, "compensation": "none"}).record
+    assert given["agreement"]["kl"] < 0.5 * plain["agreement"]["kl"]
+    for one in (record, given):
+        (step,) = one["steps"]
+        assert one["verification"]["passed"] and step["kept"] == (step["after"] < step["before"])

@@ -1,8 +1,9 @@
-"""The step follows the gradient of the literal loss, errors are the literal ones, and a step that hurts is not taken."""
+"""Steps follow the gradient of the literal loss, errors are the literal ones, and a step that hurts is not taken."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_errors_fall_and_are_those_of_the_layers(activation: two_layers.Activati
     start, x = layers(rng, count, biased, np.float32), data(rng)
     y = (2 * rng.standard_normal((TOKENS, OUT)) + x[:, :OUT] ** 2).astype(np.float32)
     whole, errors = fit_two_layers(start, x, y, activation, steps=4)
-    assert len(errors) > 2 and all(after < before for before, after in zip(errors, errors[1:], strict=False))
+    assert len(errors) > 2 and all(after < before for before, after in pairwise(errors))
     for steps in range(len(errors)):
         found, so_far = fit_two_layers(start, x, y, activation, steps=steps)
         assert so_far == errors[: steps + 1]
