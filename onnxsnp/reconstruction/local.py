@@ -51,32 +51,33 @@ class LocalFit:
     def fit(self) -> dict[str, np.ndarray]:
         """New weights and biases of the cut network by name; none if that did not lower the error."""
         network, weights = self._network, self._narrow.weights
-        inputs = np.concatenate(self._inputs)
-        target = np.concatenate(self._targets)
-        if network.branch.scale is not None:
-            target = target / weights[network.branch.scale].reshape(-1)
-        last = network.branch.linear
+        last, scale = network.branch.linear, np.ones((), np.float32)
+        if network.branch.scale is not None:  # part of the second layer, so that the error is that of the stream
+            scale = weights[network.branch.scale].reshape(-1)
+        bias = _bias(weights, last)
         start = TwoLayers(
             tuple((_matrix(weights, one), _bias(weights, one)) for one in network.first),
-            _matrix(weights, last),
-            _bias(weights, last),
+            _matrix(weights, last).astype(np.float32) * scale,
+            None if bias is None else bias.astype(np.float32) * scale,
         )
         between_layers = self._runner(list(network.before), last.data)
 
         def activation(before: Sequence[np.ndarray]) -> np.ndarray:
             return between_layers(before).reshape(before[0].shape)  # constants may bring leading axes
 
+        inputs, target = np.concatenate(self._inputs), np.concatenate(self._targets)
         found, errors = fit_two_layers(start, inputs, target, activation)
         if len(errors) == 1:
             return {}
         new: dict[str, np.ndarray] = {}
         for linear, (weight, bias) in [
             *zip(network.first, found.first, strict=True),
-            (last, (found.second, found.bias)),
+            (last, (found.second / scale, None if found.bias is None else found.bias / scale)),
         ]:
-            new[linear.weight] = np.moveaxis(weight, 0, linear.inner)
+            new[linear.weight] = np.moveaxis(weight, 0, linear.inner).astype(weights[linear.weight].dtype)
             if linear.bias is not None and bias is not None:
-                new[linear.bias] = bias.reshape(weights[linear.bias].shape)
+                held = weights[linear.bias]
+                new[linear.bias] = bias.reshape(held.shape).astype(held.dtype)
         return new
 
     def _runner(self, given: list[str], wanted: str) -> Activation:
