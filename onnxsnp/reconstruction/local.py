@@ -51,10 +51,9 @@ class LocalFit:
     def fit(self) -> dict[str, np.ndarray]:
         """New weights and biases of the cut network by name; none if that did not lower the error."""
         network, weights = self._network, self._narrow.weights
-        last, scale = network.branch.linear, np.ones((), np.float32)
-        if network.branch.scale is not None:  # part of the second layer, so that the error is that of the stream
-            scale = weights[network.branch.scale].reshape(-1)
-        bias = _bias(weights, last)
+        last, bias = network.branch.linear, _bias(weights, network.branch.linear)
+        # part of the second layer, so that the error is that of the stream
+        scale = weights[network.branch.scale].reshape(-1) if network.branch.scale else np.ones(1, np.float32)
         start = TwoLayers(
             tuple((_matrix(weights, one), _bias(weights, one)) for one in network.first),
             _matrix(weights, last).astype(np.float32) * scale,
