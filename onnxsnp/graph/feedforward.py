@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from onnx import NodeProto
+
 from onnxsnp.graph.branches import Branch
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
@@ -60,9 +62,25 @@ def find_feedforward(
     before = [_emitted(one, graph) for one in known]
     middle = between(graph, before, branch.linear.data)
     outside = between(graph, [branch.other], known[0].data)
-    if middle is None or outside is None or not all(node.op_type in _ELEMENTWISE for node in middle.nodes):
+    if middle is None or outside is None or not all(_alike(node, graph, width) for node in middle.nodes):
+        return None
+    if any(_adds_another(one, graph) for one in known):
         return None
     return FeedForward(branch, group, tuple(known), known[0].data, tuple(before))
+
+
+def _alike(node: NodeProto, graph: Graph, width: int) -> bool:
+    """Whether an operator treats every entry alike; its constants may differ per neuron, but not per token."""
+    held = [graph.weights[name] for name in node.input if name in graph.weights]
+    return node.op_type in _ELEMENTWISE and all(
+        array.size == 1 or array.size == width == array.shape[-1] for array in held
+    )
+
+
+def _adds_another(linear: Linear, graph: Graph) -> bool:
+    """Whether a Gemm adds something else than a bias."""
+    inputs = next(node.input for node in graph.nodes if node.name == linear.node)
+    return linear.bias is None and len(inputs) > 2 and bool(inputs[2])
 
 
 def _emitted(linear: Linear, graph: Graph) -> str:

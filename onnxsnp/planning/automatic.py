@@ -158,7 +158,7 @@ class _Search:
             now = self._streams.get(stream.id, stream.size)
             for width in (now - step, now + step):
                 kept = _rounded(width, self._multiple)
-                if kept < stream.size and kept not in tried:
+                if kept < stream.size and kept not in tried and len(tried) <= _WIDTHS:
                     tried.add(kept)
                     if self._narrower(stream, kept):
                         break

@@ -7,6 +7,7 @@ others; that is left to the sequential refit of the branch's last projection (se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class LocalFit:
 
     def __init__(self, network: FeedForward, narrow: Graph, opened: dict[str, Any]) -> None:
         self._network, self._narrow, self._opened = network, narrow, opened
+        # on whole samples: what lies in front of the projections may name axes or sizes, or mix tokens
+        self._read = self._runner([network.branch.other], network.inputs)
         self._inputs: list[np.ndarray] = []
         self._targets: list[np.ndarray] = []
 
@@ -37,40 +40,43 @@ class LocalFit:
         """Take some tokens of a batch.
 
         Args:
-            before: the stream in front of the branch, [..., channels] of the cut network.
+            before: the stream in front of the branch, whole samples, with the channels of the cut network.
             added: what the branch should add to it.
             rows: which of the tokens to take.
         """
-        width = before.shape[-1]
-        self._inputs.append(np.ascontiguousarray(before.reshape(-1, width)[rows]))
-        self._targets.append(np.ascontiguousarray(added.reshape(-1, width)[rows]))
+        inputs = self._read([before])
+        for held, array in ((self._inputs, inputs), (self._targets, added)):
+            held.append(np.ascontiguousarray(array.reshape(-1, array.shape[-1])[rows]))
 
     def fit(self) -> dict[str, np.ndarray]:
         """New weights and biases of the cut network by name; none if that did not lower the error."""
         network, weights = self._network, self._narrow.weights
-        stream = np.concatenate(self._inputs)
-        inputs = self._runner([network.branch.other], network.inputs)([stream])
-        target = np.concatenate(self._targets)
-        if network.branch.scale is not None:
-            target = target / weights[network.branch.scale].reshape(-1)
-        last = network.branch.linear
+        last, bias = network.branch.linear, _bias(weights, network.branch.linear)
+        # part of the second layer, so that the error is that of the stream
+        scale = weights[network.branch.scale].reshape(-1) if network.branch.scale else np.ones(1, np.float32)
         start = TwoLayers(
             tuple((_matrix(weights, one), _bias(weights, one)) for one in network.first),
-            _matrix(weights, last),
-            _bias(weights, last),
+            _matrix(weights, last).astype(np.float32) * scale,
+            None if bias is None else bias.astype(np.float32) * scale,
         )
-        activation = self._runner(list(network.before), last.data)
-        found, errors = fit_two_layers(start, inputs.reshape(len(stream), -1), target, activation)
+        between_layers = self._runner(list(network.before), last.data)
+
+        def activation(before: Sequence[np.ndarray]) -> np.ndarray:
+            return between_layers(before).reshape(before[0].shape)  # constants may bring leading axes
+
+        inputs, target = np.concatenate(self._inputs), np.concatenate(self._targets)
+        found, errors = fit_two_layers(start, inputs, target, activation)
         if len(errors) == 1:
             return {}
         new: dict[str, np.ndarray] = {}
         for linear, (weight, bias) in [
             *zip(network.first, found.first, strict=True),
-            (last, (found.second, found.bias)),
+            (last, (found.second / scale, None if found.bias is None else found.bias / scale)),
         ]:
-            new[linear.weight] = np.moveaxis(weight, 0, linear.inner)
+            new[linear.weight] = np.moveaxis(weight, 0, linear.inner).astype(weights[linear.weight].dtype)
             if linear.bias is not None and bias is not None:
-                new[linear.bias] = bias.reshape(weights[linear.bias].shape)
+                held = weights[linear.bias]
+                new[linear.bias] = bias.reshape(held.shape).astype(held.dtype)
         return new
 
     def _runner(self, given: list[str], wanted: str) -> Activation:
@@ -82,9 +88,7 @@ class LocalFit:
         graph = segment_graph(
             self._narrow, Segment(part.nodes, part.inputs, (wanted,)), [wanted], dict.fromkeys(given, kind)
         )
-        session = graph.session(
-            **{**self._opened, "threads": 1}
-        )  # it is called from as many threads as there are cores
+        session = graph.session(**{**self._opened, "threads": 1})  # called from as many threads as there are cores
 
         def run(arrays: Any) -> np.ndarray:
             feeds = {name: np.asarray(array, kind) for name, array in zip(given, arrays, strict=True)}

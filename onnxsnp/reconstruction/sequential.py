@@ -176,7 +176,7 @@ class _Sweep:
             if whole is not None:
                 before, after = mapped(passed[branch.other]), mapped(passed[branch.stream])
                 whole.add(before, after - before, _rows(number, self._tokens // TOKENS))
-        if whole is not None:
+        if whole is not None and moved:
             self._take(whole.fit())
         fit = _Fit(branch, self._narrow)
         every = self._tokens // (_ENOUGH * len(fit.weight))

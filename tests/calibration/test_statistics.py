@@ -60,6 +60,20 @@ def test_moments_are_numpys(layout: str) -> None:
         np.testing.assert_allclose(found[name].covariance, np.cov(rows.T, bias=True), atol=1e-3)
 
 
+@pytest.mark.parametrize("width", [255, 256, 257, 259, 300, 511, 513, 1024, 1025])
+def test_second_moments_in_bands_are_numpys_and_exactly_symmetric(width: int) -> None:
+    model = graphs.mlp(5, width, 3)
+    analysis = analyse_model(model)
+    data = [Batch(graphs.inputs_for(model, size, size), None, size) for size in (30, 7)]
+    name = analysis.linears["fc1.w"].data
+    found = measured(analysis, data, [name]).moments[name]
+    rows = np.concatenate(captured(analysis, [name], data)[name]).astype(np.float64)
+    assert rows.shape == (37, width) and found.count == 37 and found.second.dtype == np.float64
+    assert np.array_equal(found.second, found.second.T)
+    np.testing.assert_allclose(found.second, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.total, rows.sum(axis=0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_query_key_scores_are_those_of_the_captured_operands(layout: str) -> None:
     model = graphs.transformer(**LAYOUTS[layout])

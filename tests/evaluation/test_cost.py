@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import graphs
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
-from onnxsnp.analysis import analyse_model
+from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.planning.plan import as_cuts
 from onnxsnp.surgery.apply import apply, to_model
 
@@ -128,3 +131,41 @@ def test_integer_weights_and_scalars_are_no_parameters() -> None:
     model = net.proto()
     model.graph.initializer.append(helper.make_tensor("unread", 1, [5], [0.0] * 5))
     assert total(model, "params") == 9 * 4 + 4 * 2
+
+
+@functools.cache
+def analysed(index: int) -> Analysis:
+    return analyse_model(graphs.transformer(**LAYOUTS[index]) if index < len(LAYOUTS) else graphs.mlp(6, 9, 8, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), index=st.integers(0, len(LAYOUTS)), what=st.sampled_from(["macs", "params"]))
+def test_what_is_cut_already_and_what_is_cut_then_cost_what_both_cost(
+    data: st.DataObject, index: int, what: str
+) -> None:
+    analysis = analysed(index)
+    sizes = {
+        group.atom: data.draw(st.integers(1, group.size), label=group.id)
+        for group in analysis.structure.groups
+        if data.draw(st.booleans(), label=f"{group.id} is cut")
+    }
+    first = {atom: size for atom, size in sizes.items() if data.draw(st.booleans(), label=f"{atom} is cut already")}
+    then = {atom: size for atom, size in sizes.items() if atom not in first}
+    model = analysis.cost.given(first)
+    assert model.total(what) == pytest.approx(analysis.cost.total(what, first), rel=1e-12)
+    assert model.total(what, then) == pytest.approx(analysis.cost.total(what, sizes), rel=1e-12)
+    assert model.given(then).total(what) == pytest.approx(model.total(what, then), rel=1e-12)
+    for group in analysis.structure.groups:
+        if group.atom in first:
+            assert model.share(what, group.atom) == 0  # it cannot be cut again
+            continue
+        gone = analysis.cost.total(what, {**first, group.atom: 0})
+        share = analysis.cost.total(what, first) - gone
+        assert model.share(what, group.atom) == pytest.approx(share, rel=1e-9, abs=1e-6)
+        slope = np.diff(model.at_widths(what, group.atom, np.arange(group.size + 1)))
+        np.testing.assert_allclose(slope, model.share(what, group.atom) / group.size, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cost_with_nothing_cut_is_the_cost() -> None:
+    cost = analysed(0).cost
+    assert cost.given({}).macs == cost.macs and cost.given({}).params == cost.params

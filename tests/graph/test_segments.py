@@ -19,7 +19,7 @@ from onnxsnp.analysis import analyse_model
 from onnxsnp.graph.branches import find_branches
 from onnxsnp.graph.ir import Graph, subgraph_reads
 from onnxsnp.graph.normalize import as_graph
-from onnxsnp.graph.segments import segment_graph, segments
+from onnxsnp.graph.segments import between, segment_graph, segments
 from onnxsnp.model import load
 
 FOLDER = Path(__file__).resolve().parent.parent / "exports"
@@ -231,3 +231,76 @@ def test_any_graph_cut_at_any_places_gives_the_same_outputs(case: tuple[Graph, l
     graph, places = case
     feed = {name: np.random.default_rng(index).standard_normal(3).astype(np.float32) for index, name in enumerate("ab")}
     check(graph, [graph.nodes[place].output[0] for place in places], feed)
+
+
+def diamond() -> Graph:
+    """x -> a -> (b, c) -> d = b + c · side, and e = d · w."""
+    net = graphs.Net()
+    x, side = net.input("x", ["N", 4]), net.input("side", ["N", 4])
+    a = net.op("Relu", x, name="a")
+    b, c = net.op("Tanh", a, name="b"), net.op("Exp", a, name="c")
+    d = net.op("Add", b, net.op("Mul", c, side, name="m"), name="d")
+    net.output(net.op("Mul", d, net.weight("w", 4), name="e"), ["N", 4])
+    return as_graph(load(net.proto()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "nodes"),
+    [
+        (["d.out"], "y", ["e"]),
+        (["b.out", "m.out"], "y", ["d", "e"]),
+        (["a.out", "side"], "y", ["b", "c", "m", "d", "e"]),
+        (["x", "side"], "d.out", ["a", "b", "c", "m", "d"]),
+        (["x"], "b.out", ["a", "b"]),
+        (["a.out", "b.out", "x"], "b.out", []),
+        (["c.out"], "w", []),
+        (["a.out"], "y", None),
+        (["b.out", "c.out"], "d.out", None),
+        (["b.out"], "c.out", None),
+    ],
+)
+def test_between_is_what_computes_a_tensor_from_others_and_nothing_else(
+    inputs: list[str], output: str, nodes: list[str] | None
+) -> None:
+    found = between(diamond(), inputs, output)
+    assert (found is None) == (nodes is None)
+    if found is not None and nodes is not None:
+        # independent nodes may come in either order, but never before what they read
+        assert sorted(node.name for node in found.nodes) == sorted(nodes)
+        assert (found.inputs, found.outputs) == (tuple(inputs), (output,))
+
+
+@pytest.mark.parametrize("name", ["timm_deit_eager_ts11", "own_gemm_dynamo18", "timm_deit_sdpa_dynamo20"])
+def test_what_lies_between_two_streams_gives_the_second_from_the_first(name: str) -> None:
+    analysis = analyse_model(FOLDER / f"{name}.onnx")
+    graph = analysis.graph
+    streams = [branch.stream for branch in find_branches(graph, analysis.dependencies, analysis.linears)]
+    values = graph.session(streams, threads=1, optimize=False).run(streams, feed_of(name))
+    for first, second, given_value, want in zip(streams, streams[1:], values, values[1:], strict=False):
+        part = between(graph, [first], second)
+        assert part is not None and between(graph, [second], first) is None
+        session = segment_graph(graph, part, [second], {first: given_value.dtype}).session(threads=1, optimize=False)
+        (got,) = session.run([second], {first: given_value})
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_what_the_inside_of_a_node_reads_counts() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Add", ["inner", "x"], ["sum"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("sum", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        helper.make_node("Relu", ["x"], ["inner"], name="inner"),
+        helper.make_node("If", ["flag"], ["y"], name="if", then_branch=branch, else_branch=branch),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [3]),
+    ]
+    graph = bare(nodes, inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])])
+    assert between(graph, ["flag"], "y") is None
+    assert between(graph, ["flag", "inner"], "y") is None
+    found = between(graph, ["flag", "x"], "y")
+    assert found is not None and [node.name for node in found.nodes] == ["inner", "if"]

@@ -15,9 +15,20 @@ from onnxsnp.analysis import analyse_model
 from onnxsnp.calibration.data import Batch
 from onnxsnp.calibration.statistics import collect
 from onnxsnp.errors import PlanError
+from onnxsnp.evaluation.cost import CostModel, Term
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning import allocation
-from onnxsnp.planning.automatic import ALONE, REMOVED, Allocation, _item, allocate, knapsack, steadied
+from onnxsnp.planning.automatic import (
+    _FIRST,
+    _WIDTHS,
+    ALONE,
+    REMOVED,
+    Allocation,
+    _item,
+    allocate,
+    knapsack,
+    steadied,
+)
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
@@ -344,3 +355,161 @@ def test_on_a_transformer_it_meets_the_budget_and_is_no_worse_than_one_ratio(wha
     assert found.loss == pytest.approx(loss(selector.entries(found.counts))) and found.loss <= found.start
     plain = allocation.to_cost(groups, analysis.cost, 0.3, what)
     assert found.loss < loss(selector.entries(plain))
+
+
+@dataclass
+class Sizes:
+    """Stands in for Dependencies: sizes of factors."""
+
+    sizes: list[int]
+
+    def size(self, atom: int) -> int:
+        return self.sizes[atom]
+
+
+STREAM = 6  # its factor
+INNER = [160, 160, 480, 160, 160, 480]  # widths of the others
+
+
+def with_stream(wide: int = 96) -> tuple[list[Group], CostModel]:
+    """Six groups that all read and write a stream, embeddings of its width, and some cost that nothing changes."""
+    sizes = [*INNER, wide]
+    groups = [group(atom, sizes[atom], kind) for atom, kind in enumerate(KINDS)]
+    groups.append(Group("residual", "residual", wide, 1, STREAM, (), (), (), ()))
+    macs = [Term(f"layer {atom}", 2.0 * sizes[atom] * wide, (atom, STREAM)) for atom in range(STREAM)]
+    macs += [Term(f"scores {atom}", 30.0 * sizes[atom], (atom,)) for atom in (0, 1, 3, 4)]
+    macs += [Term("embedding", 8.0 * wide, (STREAM,)), Term("fixed", 40000.0, ())]
+    dependencies: Any = Sizes(sizes)
+    return groups, CostModel(macs, macs, dependencies)
+
+
+@dataclass
+class Search:
+    """One allocation with a residual stream and everything it asked about."""
+
+    found: Allocation
+    asked: list[dict[str, int]]
+    saved: float
+
+    @property
+    def width(self) -> int | None:
+        return self.found.counts.get("residual")
+
+
+def searched(
+    harm: Any, share: float, *, seed: int = 0, multiple: int = 1, wide: int = 96, least: bool = True
+) -> Search:
+    """Allocate; the loss of the groups adds up, and `harm` is what a width of the stream, as a share of it, adds."""
+    groups, cost = with_stream(wide)
+    rng = np.random.default_rng(seed)
+    curves = {one.id: convex(rng, one.size) * rng.uniform(0.1, 10) for one in groups[:STREAM]}
+    asked: list[dict[str, int]] = []
+    done: list[tuple[int, int]] = []
+
+    def loss(entries: dict[str, int], samples: int | None) -> float:
+        assert samples == (ALONE if len(asked) < STREAM else None)
+        asked.append(dict(entries))
+        parts = sum(float(curves[name][kept]) for name, kept in entries.items() if name != "residual")
+        return parts + float(harm(entries.get("residual", wide) / wide))
+
+    selector: Any = Curves({**curves, "residual": None})
+    measured: Any = loss
+    found = allocate(groups, cost, share, "macs", multiple, selector, measured, lambda *at: done.append(at))
+    totals = {at[1] for at in done}
+    assert len(totals) == 1 and len(done) == len(asked)
+    counts = [at[0] for at in done]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] <= min(totals)
+    assert len(asked) <= STREAM + 1 + _WIDTHS <= min(totals) + 1
+    widths = {entries["residual"] for entries in asked if "residual" in entries}
+    begun = asked[STREAM].get("residual", wide)
+    assert len(widths - {begun}) <= _WIDTHS
+    assert all(1 <= width < wide and width % multiple == 0 for width in widths)
+    atoms = {one.id: one.atom for one in groups}
+    spent = cost.total("macs", {atoms[name]: kept for name, kept in found.counts.items()})
+    assert all(not name.startswith("residual") for entries in asked[:STREAM] for name in entries)
+    assert not least or found.loss == min(
+        sum(float(curves[name][kept]) for name, kept in entries.items() if name != "residual")
+        + float(harm(entries.get("residual", wide) / wide))
+        for entries in asked[STREAM:]
+    )
+    return Search(found, asked, 1 - spent / cost.total("macs"))
+
+
+def dear(part: float) -> float:
+    return 1e6 * (part < 1)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_stream_the_budget_is_met_however_much_its_cut_harms(seed: int, share: float) -> None:
+    for weight in (0.0, 1.0, 30.0, 1000.0):
+        result = searched(lambda part, weight=weight: weight * (1 - part) ** 2, share, seed=seed)
+        assert result.saved == pytest.approx(share, rel=0.01)
+        assert result.found.loss <= result.found.start
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_cut_where_that_does_no_harm_and_left_whole_where_it_is_dear(seed: int, share: float) -> None:
+    free, whole = searched(lambda part: 0.0, share, seed=seed), searched(dear, share, seed=seed)
+    assert whole.width is None and free.width is not None
+    assert free.found.loss < 0.7 * whole.found.loss and free.found.start == whole.found.start
+    # the dear stream was tried all the same: ever closer to the whole one, from which each trial started again
+    widths = [entries["residual"] for entries in whole.asked if "residual" in entries]
+    assert len(widths) > 2 and widths == sorted(set(widths))
+    # a stream that saves nearly all that was asked leaves the others nearly whole
+    kept = [free.found.counts[f"{kind}.{atom}"] / INNER[atom] for atom, kind in enumerate(KINDS)]
+    less = [whole.found.counts[f"{kind}.{atom}"] / INNER[atom] for atom, kind in enumerate(KINDS)]
+    assert sum(kept) > sum(less)
+
+
+def test_a_stream_is_left_whole_where_a_narrower_one_is_only_a_little_better() -> None:
+    for gain, cut in ((60, False), (400, True)):
+        result = searched(lambda part, gain=gain: 1000 - gain * (part < 1), 0.2, least=cut)
+        assert min(result.found.start, 1000) > 900 and (result.width is not None) == cut
+        assert any("residual" in entries for entries in result.asked)
+        assert result.saved == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize("best", [0.95, 0.92, 0.84, 0.8, 0.76, 0.7, 0.6])
+def test_the_width_of_least_loss_is_come_near_to(best: float) -> None:
+    """Where one width is far better than all others; and the trials are counted whatever way the search goes."""
+    result = searched(lambda part: 1e5 * (part - best) ** 2, 0.6)
+    assert result.width is not None
+    assert abs(result.width / 96 - best) <= _FIRST / 2 + 1 / 96
+    assert result.saved == pytest.approx(0.6, rel=0.01)
+
+
+def test_what_only_the_stream_can_save_is_saved_by_it() -> None:
+    groups, cost = with_stream()
+    least = 1 - cost.total("macs", {one.atom: 1 for one in groups[:STREAM]}) / cost.total("macs")
+    share = least + 0.005
+    assert 0.8 < least < share < 0.95
+    ways = {one.id: convex(np.random.default_rng(0), one.size) for one in groups}
+    with pytest.raises(PlanError, match=f"at most {least:.1%}"):
+        allocate(
+            groups[:STREAM],
+            cost,
+            share,
+            "macs",
+            1,
+            Curves(ways),  # type: ignore[arg-type]
+            lambda entries, samples: 1.0,  # type: ignore[arg-type]
+        )
+    result = searched(lambda part: 1000 * (1 - part) ** 2, share)
+    assert result.width is not None and result.saved == pytest.approx(share, rel=0.01)
+    assert all("residual" in entries for entries in result.asked[STREAM:])
+
+
+def test_a_stream_that_would_save_more_than_was_asked_is_narrowed_less() -> None:
+    result = searched(lambda part: 0.0, 0.03)
+    assert result.saved == pytest.approx(0.03, rel=0.01)
+    assert result.width is not None and result.width > 96 * (1 - _FIRST)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_widths_of_a_stream_are_multiples(multiple: int) -> None:
+    for share in (0.2, 0.4):
+        result = searched(lambda part: 0.0, share, multiple=multiple)
+        assert result.width is not None and result.width % multiple == 0
+    assert searched(lambda part: 0.0, 0.3, multiple=8, wide=12).width in (None, 8)

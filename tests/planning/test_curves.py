@@ -66,8 +66,11 @@ def cuttable(analysis: Analysis) -> list[Any]:
     return [group for group in analysis.structure.groups if group.kind in ("qk", "v", "ffn") and group.prunable]
 
 
-def reconstruction_of(analysis: Analysis, data: Sequence[Batch], compensation: str) -> Reconstruction:
-    needed = requirements(analysis, cuttable(analysis), compensation, "l2", planned=True)
+def reconstruction_of(
+    analysis: Analysis, data: Sequence[Batch], compensation: str, stream: bool = False
+) -> Reconstruction:
+    groups = [*cuttable(analysis), *([analysis.groups["residual"]] if stream else [])]
+    needed = requirements(analysis, groups, compensation, "l2", planned=True)
     if needed.nothing:
         return Reconstruction(analysis, Statistics(), compensation)
     statistics = collect(
@@ -193,3 +196,95 @@ def test_distance_is_kl_for_classes_and_relative_error_for_anything_else() -> No
     assert distance(np.ones((3, 1)), np.full((3, 1), 1.5)) == pytest.approx(0.25)  # nothing to be relative to
     half = rng.standard_normal((7, 4)).astype(np.float16) * 60
     assert np.isfinite(distance(half, half[::-1]))
+
+
+PLACES: dict[str, Any] = {
+    "three blocks": lambda: graphs.transformer(blocks=3),
+    "class token": lambda: graphs.transformer(pool="first", blocks=2, gate="pair"),
+    "opset 11": lambda: graphs.transformer(opset=11, qkv="flat"),
+    "timm_distilled_sdpa_dynamo18_dyn": lambda: onnx.load(str(FOLDER / "timm_distilled_sdpa_dynamo18_dyn.onnx")),
+    "timm_layerscale_eager_ts17_dyn": lambda: onnx.load(str(FOLDER / "timm_layerscale_eager_ts17_dyn.onnx")),
+}
+MODELS.update(PLACES)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_wherever_the_network_is_run_on_from_the_loss_is_the_same(name: str) -> None:
+    analysis, data = case(name)
+    reconstruction = reconstruction_of(analysis, data, "full")
+    loss = Loss(analysis, reconstruction, data, threads=1)
+    tails, nodes = loss._tails, len(analysis.graph.nodes)
+    assert len(tails) == 3 and 0 == tails[0].first < tails[1].first < tails[2].first < nodes
+    groups, rng = cuttable(analysis), np.random.default_rng(1)
+    last = max(int(group.id.split(".")[1]) for group in groups)
+    blocks = {index: [one for one in groups if one.id.endswith(f".{index}")] for index in range(last + 1)}
+    places = set()
+    for chosen in (groups, blocks[0], blocks[last], *([one] for one in groups)):
+        plan = graphs.random_plan(chosen, rng)
+        updates = reconstruction.weights(plan)
+        want = literal(analysis, apply(analysis, plan, updates).graph, data)
+        weights = masked_weights(analysis, plan.groups, updates)
+        first = min(loss._read[key] for key in weights)
+        values = [loss(plan.groups)]
+        for tail in tails:
+            if tail.first <= first:
+                fed = {key: array for key, array in weights.items() if key in tail.weights}
+                assert fed.keys() == weights.keys()  # a weight may only be left out where nothing reads it
+                values.append(loss._distance(tail.session, tail.states, fed, None))
+        places.add(len(values) - 1)
+        assert values == pytest.approx([values[0]] * len(values), rel=1e-3, abs=1e-8)
+        assert values[0] == pytest.approx(want, rel=1e-2, abs=1e-7) and want > 0
+    assert 1 in places and max(places) >= 2  # some plans can only be run from the start, others not only from there
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_loss_is_measured_where_only_a_weight_of_the_last_place_changes(name: str) -> None:
+    """Also one that no plan touches: the head's, given as an update."""
+    analysis, data = case(name)
+    loss = Loss(analysis, reconstruction_of(analysis, data, "none"), data, threads=1)
+    order = {node.name: index for index, node in enumerate(analysis.graph.nodes)}
+    for linear in sorted(analysis.linears.values(), key=lambda linear: order[linear.node])[::3]:
+        changed = {linear.weight: (analysis.graph.weights[linear.weight] * 1.5).astype(np.float32)}
+        graph = analysis.graph.copy()
+        graph.weights.update(changed)
+        want = literal(analysis, graph, data)
+        assert want > 1e-7
+        assert loss.of([], changed) == pytest.approx(want, rel=1e-2)
+
+
+@pytest.mark.parametrize("compensation", ["none", "refit", "full"])
+@pytest.mark.parametrize("name", ["three blocks", "opset 11", "timm_distilled_sdpa_dynamo18_dyn"])
+def test_a_stream_that_normalisations_average_over_is_really_cut(name: str, compensation: str) -> None:
+    analysis, data = case(name)
+    reconstruction = reconstruction_of(analysis, data, compensation, stream=True)
+    stream = analysis.groups["residual"]
+    assert reconstruction.rotates(stream) == (compensation == "full")
+    loss = Loss(analysis, reconstruction, data, threads=1)
+    rng = np.random.default_rng(3)
+    for others in ([], cuttable(analysis)[-1:], cuttable(analysis)):
+        channels = np.arange(stream.size * 2 // 3) if compensation == "full" else rng.permutation(stream.size)[:-3]
+        plan = graphs.random_plan(others, rng)
+        plan = Plan("", [graphs.keeping(stream, [sorted(channels.tolist())]), *plan.groups])
+        updates = reconstruction.weights(plan)
+        want = literal(analysis, apply(analysis, plan, updates).graph, data)
+        assert loss(plan.groups) == pytest.approx(want, rel=1e-3) and want > 1e-4
+        graph = analysis.graph.copy()
+        graph.weights.update(masked_weights(analysis, plan.groups, updates))
+        assert abs(literal(analysis, graph, data) - want) > 0.01 * want  # zeros in place of channels are no cut
+    assert loss([]) == 0
+
+
+def test_the_first_samples_alone_give_the_loss_of_these() -> None:
+    analysis, data = case("three blocks")
+    reconstruction = reconstruction_of(analysis, data, "full", stream=True)
+    loss = Loss(analysis, reconstruction, data, threads=1)
+    groups = cuttable(analysis)
+    stream = graphs.keeping(analysis.groups["residual"], [list(range(9))])
+    for entries in (
+        graphs.random_plan(groups[-1:], np.random.default_rng(0)).groups,
+        [stream, *graphs.random_plan(groups[:2], np.random.default_rng(0)).groups],
+    ):
+        graph = apply(analysis, Plan("", entries), reconstruction.weights(Plan("", entries))).graph
+        for samples, batches in ((1, 1), (6, 1), (7, 2), (12, 2), (13, 3), (19, 4), (22, 4), (99, 4)):
+            want = literal(analysis, graph, data[:batches])
+            assert loss(entries, samples) == pytest.approx(want, rel=1e-2)
