@@ -29,7 +29,6 @@ from onnxsnp.scoring.snp import qk_scores
 
 _WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
 _WIDE, _BANDS = 256, 4  # second moments of activations this wide are computed in so many bands
-_STRIPE = 512  # rows mirrored at a time
 
 
 @dataclass
@@ -141,6 +140,7 @@ def collect(
     scored, measured = ({group.id for group in wanted} for wanted in (qk_groups, pair_groups))
     wanted = {name: builder.moments(name) for name in tensors}
     result = Statistics()
+    sums: dict[str, _Sums] = {}
     session = builder.session(threads, provider)
     scorer = _Scorer(result.qk, rank, threads)
     for batch in batches:
@@ -154,39 +154,60 @@ def collect(
             if group.id in gains:
                 _add_overlap(result.overlaps, gains[group.id], dependencies, values, query, key)
         for name, (bands, total, size) in wanted.items():
-            _add(result.moments, name, [values.pop(band) for band in bands], values.pop(total), int(values[size]))
+            _add(sums, name, [values.pop(band) for band in bands], values.pop(total), int(values[size]))
         result.samples += batch.count
         if progress is not None:
             progress(result.samples)
     scorer.flush()
-    for held in result.moments.values():
-        _mirror(held.second)
+    for name in list(sums):
+        result.moments[name] = sums.pop(name).moments()
     return result
 
 
-def _add(moments: dict[str, Moments], name: str, bands: Sequence[np.ndarray], total: np.ndarray, entries: int) -> None:
-    """Add one batch; of the second moments only what is on and right of the diagonal blocks."""
+@dataclass
+class _Sums:
+    """Moments while they are added up: of the second ones only bands on and right of the diagonal, in double precision.
+
+    Attributes:
+        bands: [rows, width − start] each, from the top.
+        total: Σ x, [width].
+        entries: numbers summed over.
+    """
+
+    bands: list[np.ndarray]
+    total: np.ndarray
+    entries: int = 0
+
+    def moments(self) -> Moments:
+        """The finished moments; wide ones in single precision, which is what their products were computed in."""
+        width = len(self.total)
+        second = np.empty((width, width), np.float32 if len(self.bands) > 1 else np.float64)
+        start = 0
+        while self.bands:
+            band = self.bands.pop(0)
+            stop = start + len(band)
+            second[start:stop, start:] = band
+            second[stop:, start:stop] = second[start:stop, stop:].T
+            block = second[start:stop, start:stop]
+            block[...] = np.triu(block) + np.triu(block, 1).T
+            start = stop
+        return Moments(second, self.total, self.entries // width)
+
+
+def _add(sums: dict[str, _Sums], name: str, bands: Sequence[np.ndarray], total: np.ndarray, entries: int) -> None:
+    """Add one batch."""
     if not np.isfinite(total).all():
         raise DataError(
             f"activation '{name}' is not finite on the calibration data",
             hint="check the preprocessing, or the model in float32",
         )
-    width = bands[0].shape[1]
-    held = moments.setdefault(name, Moments(np.zeros((width, width)), np.zeros(width)))
-    for band in bands:
-        start = width - band.shape[1]
-        held.second[start : start + len(band), start:] += band
+    if name not in sums:
+        sums[name] = _Sums([np.zeros(band.shape) for band in bands], np.zeros(total.size))
+    held = sums[name]
+    for mine, band in zip(held.bands, bands, strict=True):
+        mine += band
     held.total += total.reshape(-1)
-    held.count += entries // width
-
-
-def _mirror(matrix: np.ndarray) -> None:
-    """Fill, in place, what is below the diagonal from what is above it."""
-    for start in range(0, len(matrix), _STRIPE):
-        stop = start + _STRIPE
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        block = matrix[start:stop, start:stop]
-        block[...] = np.triu(block) + np.triu(block, 1).T
+    held.entries += entries
 
 
 class _Scorer:

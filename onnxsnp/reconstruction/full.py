@@ -227,7 +227,7 @@ def _emit(
 
 
 class Reconstruction:
-    """Weights that make up for cuts, group by group; bases and weights are computed once and kept.
+    """Weights that make up for cuts, group by group; bases and the weights of the last plan are kept.
 
     The weights one group's cut changes are no other group's, so those of a plan are put together; gains go on top. All
     of that is about the other side of the weights that touch the residual stream, whose own change comes last.
@@ -286,8 +286,11 @@ class Reconstruction:
         stale = [entry for entry in inner if self._last.get(entry.id, (None,))[0] != entry.keep]
         # groups share nothing, and a solve of this size gains more from a core of its own than from BLAS threads
         with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
-            for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True):
-                self._last[entry.id] = (entry.keep, made)
+            fresh = {
+                entry.id: (entry.keep, made)
+                for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True)
+            }
+        self._last = {entry.id: fresh.get(entry.id) or self._last[entry.id] for entry in inner}
         for entry in sorted(inner, key=lambda entry: entry.id in self.gains):
             made, weights = self._last[entry.id][1], ChainMap(updates, self._analysis.graph.weights)
             updates.update(scaled(weights, made) if entry.id in self.gains else made)

@@ -365,8 +365,8 @@ def test_pruning_with_the_stream_in_scope_meets_its_budget_and_is_proved(name: s
     plain = prune(FOLDER / f"{name}.onnx", plan=plan, **{**options, "compensation": "none"}).record
     assert given["agreement"]["kl"] < 0.5 * plain["agreement"]["kl"]
     for one in (record, given):
-        (step,) = one["steps"]
-        assert one["verification"]["passed"] and step["kept"] == (step["after"] < step["before"])
+        assert one["verification"]["passed"] and one["steps"]
+        assert all(step["kept"] == (step["after"] < step["before"]) for step in one["steps"])
 
 
 def test_where_the_stream_only_loses_channels_it_is_those_that_stay_which_are_met() -> None:
