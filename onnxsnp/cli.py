@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onnxsnp._version import __version__
-from onnxsnp.errors import DataError, ModelError, OnnxSnpError, PlanError
+from onnxsnp.arguments import input_shapes, output_path
+from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
+from onnxsnp.errors import DataError, PlanError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,11 +77,11 @@ def inspect(model: ModelArgument, input_shape: InputShape = None, as_json: Json 
         from onnxsnp.analysis import inspect as inspect_model
         from onnxsnp.report import terminal
 
-        with _status("analysing"):
-            data = inspect_model(model, _shapes(input_shape, model)).to_dict()
-        _print_json(data) if as_json else terminal.inspection(_stdout(), data)
+        with status("analysing"):
+            data = inspect_model(model, input_shapes(input_shape, model)).to_dict()
+        print_json(data) if as_json else terminal.inspection(stdout(), data)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -223,7 +218,7 @@ def prune(
         from onnxsnp.writing import write_record
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
-        target = _target(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
+        target = output_path(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
         if latency_table is not None and target is not None:
             written = [target.resolve(), target.with_suffix(".json").resolve()]
             if latency_table.resolve() in written:  # it may not exist yet
@@ -232,7 +227,7 @@ def prune(
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:
             print("onnxsnp: --ratio does nothing with --plan, which says what to keep", file=sys.stderr)
-        with _progress() as progress:
+        with progress_bar() as progress:
             result = prune_model(
                 model,
                 ratio,
@@ -256,18 +251,18 @@ def prune(
                 threads=threads,
                 provider=provider,
                 seed=seed,
-                input_shapes=_shapes(input_shape, model),
+                input_shapes=input_shapes(input_shape, model),
             )
         if dry_run and target is not None:
             write_record(result.plan.to_json(), target)
         if as_json:
-            _print_json(result.record)
+            print_json(result.record)
         else:
-            terminal.pruning(_stdout(), result.record)
+            terminal.pruning(stdout(), result.record)
             if dry_run:
-                terminal.dry_run(_stdout(), target)
+                terminal.dry_run(stdout(), target)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -299,7 +294,7 @@ def evaluate(
         from onnxsnp.report import terminal
         from onnxsnp.verbs import open_for
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
             results = [
                 item.to_dict()
@@ -312,11 +307,11 @@ def evaluate(
                 )
             ]
         if as_json:
-            _print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
+            print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
         else:
-            terminal.evaluations(_stdout(), results, opened.description)
+            terminal.evaluations(stdout(), results, opened.description)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -338,7 +333,7 @@ def bench(
         from onnxsnp.report import terminal
         from onnxsnp.verbs import bench as bench_paths
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             results = [
                 item.to_dict()
                 for item in bench_paths(
@@ -348,14 +343,14 @@ def bench(
                     warmup=warmup,
                     threads=threads,
                     provider=provider,
-                    input_shapes=_shapes(input_shape, models[0]),
+                    input_shapes=input_shapes(input_shape, models[0]),
                     seed=seed,
                     progress=lambda done, total: progress("bench", done, total),
                 )
             ]
-        _print_json({"models": results}) if as_json else terminal.latencies(_stdout(), results)
+        print_json({"models": results}) if as_json else terminal.latencies(stdout(), results)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 def main() -> None:
@@ -364,181 +359,3 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a pipe or an old terminal may know no × or →
     app()
-
-
-def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Run a verb; an error becomes one line on stderr and exit status 1, an interrupt 130."""
-    with _interrupts() as interrupts:
-        try:
-            work()
-            return
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # whoever read the output has had enough
-                raise
-            if debug:
-                traceback.print_exc()
-            # Compiled modules turn an interrupt during their import into an error of their own.
-            interrupted = bool(interrupts) or isinstance(error, KeyboardInterrupt)
-            message = "interrupted; nothing half-written was left" if interrupted else _in_words(error)
-    print(f"onnxsnp: {message}", file=sys.stderr)
-    raise typer.Exit(130 if interrupted else 1)
-
-
-def _in_words(error: BaseException) -> str:
-    """One line for any error."""
-    if isinstance(error, OnnxSnpError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return "out of memory; use fewer --threads or a smaller --input-shape"
-    if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{where}; check the disk and the paths"
-    text = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}: {text}; this is a bug, please report it with the output of --debug"
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that holds an entry once Ctrl-C was pressed."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _target(model: Path, output: Path | None, dry_run: bool, read: list[Path | None]) -> Path | None:
-    """Where to write, checked before any work is done.
-
-    Args:
-        read: files besides the model that the output must not replace.
-    """
-    if output is None:
-        if dry_run:
-            return None
-        output = model.with_name(model.stem + ".pruned.onnx")
-    elif not output.parent.is_dir():
-        raise ModelError(f"output folder does not exist: {output.parent}", hint="create it first")
-    if output.suffix == ".json" and not dry_run:
-        raise ModelError(f"output {output} would be overwritten by its own run record", hint="name it .onnx")
-    if output.suffix == ".onnx" and dry_run:
-        raise ModelError(f"a dry run writes a plan, not the model {output}", hint="name it .json, or leave -o out")
-    for path in (output,) if dry_run else (output, output.with_suffix(".json")):
-        _check_writable(path, [model, *read])
-    return output
-
-
-def _check_writable(path: Path, read: list[Path | None]) -> None:
-    if path.is_dir():
-        raise ModelError(f"output {path} is a folder", hint="give a file name")
-    if path.exists() and not path.is_file():
-        raise ModelError(f"output {path} is not a regular file", hint="give a file name")
-    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
-        raise ModelError(f"cannot write into {path.parent}", hint="choose another output with -o")
-    for source in read:
-        if source is not None and source.is_file() and path.exists() and path.samefile(source):
-            raise ModelError(f"the output {path} would overwrite the input", hint="give another name with -o")
-
-
-def _shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, ...]] | None:
-    """`NAME:1x3x224x224` by input name; without a name, for the model's first input."""
-    if not texts:
-        return None
-    from onnxsnp.model import load
-
-    shapes = {}
-    for text in texts:
-        name, _, sizes = text.rpartition(":")
-        try:
-            shape = tuple(int(size) for size in sizes.replace("×", "x").split("x"))
-        except ValueError:
-            raise PlanError(f"cannot read --input-shape '{text}'", hint="write it as NAME:1x3x224x224") from None
-        if min(shape) < 1 or max(shape) >= 2**31:
-            raise PlanError(f"--input-shape '{text}' has a size below 1 or beyond 2³¹", hint="write it as 1x3x224x224")
-        loaded = load(model)
-        inputs = {one.name: one.type.tensor_type.shape.dim for one in loaded.proto.graph.input}
-        inputs = {one: sizes for one, sizes in inputs.items() if one not in loaded.weights}
-        if not inputs:
-            raise PlanError("--input-shape was given, but the model has no inputs")
-        name = name or next(iter(inputs))
-        if name not in inputs:
-            raise PlanError(f"--input-shape names '{name}', the model's inputs are {', '.join(inputs)}")
-        fixed = [one.dim_value or None for one in inputs[name]]
-        if any(want not in (None, got) for want, got in list(zip(fixed, shape, strict=False))[1:]):
-            is_now = "×".join(str(one.dim_value or one.dim_param or "?") for one in inputs[name])
-            raise PlanError(f"--input-shape '{text}' does not fit input '{name}', which is {is_now}")
-        shapes[name] = shape
-    return shapes
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False))
-
-
-def _stdout() -> Console:
-    """The terminal at its own width; in a pipe lines are not broken. Texts are data, not markup."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 10_000
-    return Console(markup=False, emoji=False, highlight=False, width=width)
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _status(text: str) -> Any:
-    return _stderr().status(text)
-
-
-class _progress:
-    """A bar on stderr, one line per stage, with the time left where the amount of work is known."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = _stderr()
-        self._bar = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar.start()
-        self._tasks: dict[str, Any] = {}
-        return self._update
-
-    def _update(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            for task in self._bar.tasks:  # what went before is done, also where its size was not known
-                self._bar.update(task.id, total=task.total or 1, completed=task.total or 1)
-                self._bar.stop_task(task.id)
-            self._tasks[stage] = self._bar.add_task(stage, total=total or None)
-        self._bar.update(self._tasks[stage], completed=done, total=total or None)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()

@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 
 from onnxsnp.analysis import Analysis, analyse_model
+from onnxsnp.batches import chain, first, proof_feeds, split
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
-from onnxsnp.evaluation.latency import compare_latency, machine
+from onnxsnp.evaluation.latency import machine
 from onnxsnp.evaluation.layers import local_timer
 from onnxsnp.evaluation.verify import Verification, prove
 from onnxsnp.graph.groups import Group
@@ -38,13 +39,13 @@ from onnxsnp.record import new_record, settings
 from onnxsnp.refinement import refine
 from onnxsnp.runtime import InputSpec
 from onnxsnp.surgery.apply import Applied, apply
+from onnxsnp.timing import time_both
 from onnxsnp.verbs import choose_preprocess, class_names
 from onnxsnp.writing import builder, write_model
 
 _TUNING = 32  # samples the fit does not see, for measuring sensitivities and what refitting is worth
 _JUDGING = 32  # samples neither fit nor allocation sees, for judging the result; half as many where nothing is fitted
 _BATCH = 8
-_OFF = 0.05  # of the latency: how far a measured saving may be from the one asked for without a note
 
 Progress = Callable[[str, int, int], None]
 
@@ -152,7 +153,7 @@ class _Run:
         graph = applied.graph if applied.cuts else None
         del applied
         json.dumps(record, allow_nan=False)  # before anything is written: a record that cannot be is no result
-        feeds = _feeds(analysis.graph, sample)[:1]
+        feeds = proof_feeds(analysis.graph, sample)[:1]
         with whole_file(Path(output).with_suffix(".json")) if output is not None else nullcontext() as part:
             build = self._write(record, analysis, graph, feeds, output)
             record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
@@ -341,9 +342,9 @@ class _Run:
         needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
         seen = self._seen(data)
         with self.stage("calibrate"):
-            fit, held = _split(data, seen)
-            first = next(fit)
-            batches: Iterable[Batch] = _chain(first, fit)
+            fit, held = split(data, seen)
+            sample = next(fit)
+            batches: Iterable[Batch] = chain(sample, fit)
             if needed.nothing:
                 statistics = Statistics()
                 for _ in batches:  # the held-back part comes after what the fit would have seen
@@ -363,7 +364,7 @@ class _Run:
                     provider=options.provider,
                     progress=lambda done: self.progress("calibrate", done, seen),
                 )
-        return statistics, held, first
+        return statistics, held, sample
 
     def _loss(self, analysis: Analysis, reconstruction: Reconstruction, unseen: list[Batch]) -> Loss | None:
         """What measures plans on samples the fit has not seen; None without full compensation, or such samples."""
@@ -395,7 +396,7 @@ class _Run:
                 analysis,
                 plan,
                 updates,
-                lambda: _split(data, self._seen(data))[0],
+                lambda: first(data, self._seen(data)),
                 loss,
                 streams=streams,
                 threads=self.options.threads,
@@ -412,7 +413,7 @@ class _Run:
         with self.stage("cut"):
             applied = apply(analysis, plan, updates)
         with self.stage("verify"):
-            feeds = _feeds(analysis.graph, sample)
+            feeds = proof_feeds(analysis.graph, sample)
             proof = prove(analysis, applied, feeds, self.options.threads, self.options.provider)
         give_back()
         return applied, proof
@@ -450,28 +451,19 @@ class _Run:
 
     def _time(self, record: dict[str, Any], analysis: Analysis, applied: Applied, sample: Batch) -> None:
         """Time original and cut model side by side, one sample a run where the model leaves that open."""
-        options, here = self.options, machine(self.options.threads, self.options.provider)
         with self.stage("time"):
-            sessions = [
-                graph.timed_session(threads=options.threads, provider=options.provider)
-                for graph in (analysis.original, applied.graph)
-            ]
-            feed = _feeds(analysis.graph, sample)[0]
-            found = compare_latency(sessions, feed, progress=lambda done, total: self.progress("time", done, total))
-        del sessions
+            feed = proof_feeds(analysis.graph, sample)[0]
+            record["latency"], note = time_both(
+                analysis,
+                applied,
+                feed,
+                asked=self.options.ratio or 0.0,
+                threads=self.options.threads,
+                provider=self.options.provider,
+                progress=lambda done, total: self.progress("time", done, total),
+            )
+        self.notes.extend([note] if note else [])
         give_back()
-        record["latency"] = {**found, "machine": here}
-        if analysis.cost.latency is None:
-            return
-        sizes = {cut.atom: cut.keep.shape[1] for cut in applied.cuts}
-        expected = 1 - analysis.cost.total("latency", sizes) / analysis.cost.total("latency")
-        record["latency"]["expected_speedup"] = 1 / (1 - expected)
-        got = 1 - 1 / found["speedup"]
-        if analysis.cost.latency.machine != here:
-            self.notes.append(f"latency was planned for {analysis.cost.latency.machine}, and measured on {here}")
-        elif abs(got - (options.ratio or 0.0)) > _OFF:
-            asked = f"{options.ratio or 0.0:.1%} of the latency were asked"
-            self.notes.append(f"{asked}, the table expected {expected:.1%}, measured are {got:.1%}")
 
     def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:
         data = self._labelled(analysis)
@@ -482,32 +474,3 @@ class _Run:
                 progress=lambda done, total: self.progress("evaluate", done, total),
             )
         return {"before": before.to_dict(), "after": after.to_dict()}
-
-
-def _split(data: Dataset, seen: int) -> tuple[Iterator[Batch], list[Batch]]:
-    """The first `seen` samples as an iterator; what follows fills the list once that iterator is exhausted."""
-    held: list[Batch] = []
-
-    def fit() -> Iterator[Batch]:
-        done = 0
-        for batch in data:
-            if done < seen:
-                done += batch.count
-                yield batch
-            else:
-                held.append(batch)
-
-    return fit(), held
-
-
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
-
-
-def _feeds(graph: Graph, batch: Batch) -> list[dict[str, np.ndarray]]:
-    """Inputs for the proof: real samples, at two batch sizes where the batch is dynamic."""
-    free = all(spec.shape and not isinstance(spec.shape[0], int) for spec in graph_inputs(graph))
-    if not free:
-        return [batch.inputs]
-    return [{name: array[:size] for name, array in batch.inputs.items()} for size in sorted({1, min(2, batch.count)})]

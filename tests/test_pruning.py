@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsnp import pruning
+from onnxsnp import pruning, timing
 from onnxsnp.analysis import analyse_model
 from onnxsnp.errors import OnnxSnpError, PlanError, VerificationError
 from onnxsnp.planning.plan import Plan, fingerprint
@@ -91,7 +91,7 @@ def test_the_share_of_latency_that_was_asked_for_is_what_the_table_gives(
     model: onnx.ModelProto, compensation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "local_timer", by_macs)
-    monkeypatch.setattr(pruning, "compare_latency", measured(1 / 0.7))
+    monkeypatch.setattr(timing, "compare_latency", measured(1 / 0.7))
     options: dict[str, Any] = {"of": "latency", "compensation": compensation, "latency_table": tmp_path / "t.json"}
     found = pruned(model, 0.3, **options)
     before, after = (found.record[side]["macs"] for side in ("before", "after"))
@@ -108,7 +108,7 @@ def test_a_saving_that_is_not_the_one_asked_for_is_noted(
     model: onnx.ModelProto, speedup: float, noted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "local_timer", by_macs)
-    monkeypatch.setattr(pruning, "compare_latency", measured(speedup))
+    monkeypatch.setattr(timing, "compare_latency", measured(speedup))
     notes = pruned(model, 0.3, of="latency", compensation="none", criterion="l2").record["notes"]
     told = [note for note in notes if "the table expected 30." in note or "the table expected 29." in note]
     assert len(told) == noted and all(f"measured are {1 - 1 / speedup:.1%}" in note for note in told)
@@ -118,7 +118,7 @@ def test_times_of_another_machine_are_not_compared(
     model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "local_timer", by_macs)
-    monkeypatch.setattr(pruning, "compare_latency", measured(1.0))
+    monkeypatch.setattr(timing, "compare_latency", measured(1.0))
     options: dict[str, Any] = {"of": "latency", "compensation": "none", "latency_table": tmp_path / "t.json"}
     pruned(model, 0.3, dry_run=True, **options)
     data = json.loads((tmp_path / "t.json").read_text())
