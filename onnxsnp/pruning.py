@@ -273,9 +273,10 @@ class _Run:
         """Widths from error curves and measured sensitivities."""
         options = self.options
         scoped = self._scoped(analysis)
-        groups = [group for group in scoped if group.kind == "residual" or selector.curve(group) is not None]
-        if all(group.kind == "residual" for group in groups) or loss is None:
-            why = "no group has an error curve" if not groups else "too few samples to measure sensitivities"
+        curves = selector.curves([group for group in scoped if group.kind != "residual"])
+        groups = [group for group in scoped if group.kind == "residual" or group.id in curves]
+        if not curves or loss is None:
+            why = "too few samples to measure sensitivities" if curves else "no group has an error curve"
             self.notes.append(f"{why}: one ratio for all groups")
             return self._counts(analysis)
         found = allocate(

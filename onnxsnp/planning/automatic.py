@@ -114,8 +114,7 @@ class _Search:
         self._cost, self._share, self._what, self._multiple = cost, share, what, multiple
         self._selector, self._loss, self._progress = selector, loss, progress
         self.streams = [group for group in groups if group.kind == "residual"]
-        curves = {group.id: selector.curve(group) for group in groups if group.kind != "residual"}
-        self._curves = {name: curve for name, curve in curves.items() if curve is not None}
+        self._curves = selector.curves([group for group in groups if group.kind != "residual"])
         self.known = [group for group in groups if group.id in self._curves]
         self._scale: dict[str, float] = {}
         self._done, self._total = 0, len(self.known) + 1 + _WIDTHS * len(self.streams)

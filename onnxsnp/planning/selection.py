@@ -8,12 +8,13 @@ ranked by the criterion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxsnp.blas import single_threaded
+from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
@@ -131,6 +132,13 @@ class Selector:
             errors = self.removal(group).errors
             return np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
         return None
+
+    def curves(self, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+        """The curves of all groups that have one, by group id."""
+        # optimal brain surgeon takes seconds for a wide layer, and more BLAS threads do not shorten it much
+        with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
+            found = dict(zip([group.id for group in groups], pool.map(self.curve, groups), strict=True))
+        return {name: curve for name, curve in found.items() if curve is not None}
 
     def removal(self, group: Group) -> Removal:
         """The order in which an FFN's neurons go."""

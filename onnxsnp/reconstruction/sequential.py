@@ -21,6 +21,7 @@ kept, in memory, and the inputs of one projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,11 +183,15 @@ class _Sweep:
         every = self._tokens // (_ENOUGH * len(fit.weight))
         self._tokens = 0
         behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
-        for number, (original, pruned) in enumerate(moved):
-            moved[number] = (original, behind(pruned))
-            wanted = mapped(original[branch.stream]).reshape(-1, len(fit.bias))
-            fit.add(moved[number][1], wanted, _rows(number, every))
-            self._tokens += len(wanted)
+        with ThreadPoolExecutor(max_workers=1) as pool:  # moments of one batch while the next one runs
+            added = []
+            for number, (original, pruned) in enumerate(moved):
+                moved[number] = (original, behind(pruned))
+                wanted = mapped(original[branch.stream]).reshape(-1, len(fit.bias))
+                added.append(pool.submit(fit.add, moved[number][1], wanted, _rows(number, every)))
+                self._tokens += len(wanted)
+            for one in added:
+                one.result()
         if not moved:
             return []
         fit.solve(self.strength)

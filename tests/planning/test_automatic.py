@@ -230,10 +230,10 @@ def test_an_impossible_budget_is_an_error_that_names_what_is_possible() -> None:
 class Curves:
     """Stands in for a Selector: entries are the counts themselves."""
 
-    curves: dict[str, np.ndarray | None]
+    given: dict[str, np.ndarray | None]
 
-    def curve(self, one: Group) -> np.ndarray | None:
-        return self.curves[one.id]
+    def curves(self, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+        return {one.id: curve for one in groups if (curve := self.given[one.id]) is not None}
 
     def entries(self, counts: Mapping[str, int]) -> dict[str, int]:
         return dict(counts)
