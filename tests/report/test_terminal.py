@@ -106,6 +106,16 @@ def test_notes_and_skipped_files_are_told() -> None:
     assert "note: one [b] note" in text and "note: 3 unreadable calibration files were skipped" in text
 
 
+def test_steps_that_were_kept_are_told_with_what_they_did() -> None:
+    steps = [
+        {"name": "fit", "before": 0.5, "after": 0.6, "kept": False},
+        {"name": "sequential refit", "before": 0.71234, "after": 0.54321, "kept": True},
+    ]
+    lines = shown(terminal.pruning, record(steps=steps), width=200).splitlines()
+    told = [line.strip() for line in lines if "loss on unseen samples" in line]
+    assert told == ["sequential refit: loss on unseen samples 0.7123 → 0.5432"]
+
+
 def test_a_dry_run_does_not_claim_a_model() -> None:
     bare = record(output=None, after={"params": 1, "macs": 1, "bytes": None})
     del bare["verification"], bare["agreement"]
