@@ -123,7 +123,10 @@ def refit_in_order(
     Returns:
         New weights and biases by name, in their original shapes, zero where something is cut; only those that changed.
     """
-    branches = find_branches(analysis.graph, analysis.dependencies, analysis.linears)
+    graph = analysis.graph
+    shared = graph.origin.keys() | set(graph.origin.values())  # refitted apart, they would take up more room
+    linears = {name: one for name, one in analysis.linears.items() if not {one.weight, one.bias} & shared}
+    branches = find_branches(graph, analysis.dependencies, linears)
     if not branches:
         return {}
     sweep = _Sweep(analysis, branches, cuts, updates, streams or {}, {"threads": threads, "provider": provider})

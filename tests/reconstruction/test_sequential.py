@@ -392,3 +392,19 @@ def test_on_the_data_of_the_fit_the_refit_comes_closer_than_the_one_shot_weights
         cut = apply(analysis, plan, weights).graph.session(threads=1)
         errors.append(sum(np.sum((whole.run(None, feed)[0] - cut.run(None, feed)[0]) ** 2) for feed in feeds))
     assert errors[1] < errors[0]
+
+
+def test_weights_that_branches_share_stay_shared() -> None:
+    net = graphs.Net()
+    x = net.input("x", ["N", 5, 8])
+    shared = net.weight("shared", 12, 8)
+    for index in range(3):
+        last = net.weight("own", 12, 8) if index == 2 else shared
+        hidden = net.op("Relu", net.linear(net.norm(x, f"norm{index}", 8), f"a{index}", 8, 12))
+        x = net.op("Add", x, net.op("MatMul", hidden, last))
+    net.output(net.linear(x, "head", 8, 4), ["N", 5, 4])
+    model = net.proto()
+    analysis = analyse_model(model)
+    plan = Plan("", [graphs.keeping(one, [range(6)]) for one in analysis.structure.groups if one.kind == "ffn"])
+    assert len(plan.groups) == 3
+    assert refit(analysis, plan, {}, [graphs.inputs_for(model, 32)]).keys() == {"own"}
