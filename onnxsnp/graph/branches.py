@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
-from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.ir import Graph, attribute
 from onnxsnp.graph.linear import Linear
 
 _PASSING = {"Identity", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
@@ -27,19 +28,32 @@ class Branch:
         other: the activation it adds to.
         stream: the sum.
         scale: name of a constant of the projection's width (LayerScale), or None.
+        order: how the axes are transposed on the way to the sum (the channels stay last), or None.
     """
 
     linear: Linear
     other: str
     stream: str
     scale: str | None = None
+    order: tuple[int, ...] | None = None
+
+    def rows(self, stream: np.ndarray) -> np.ndarray:
+        """Values on the stream in the order in which the projection gives them, [tokens, channels]."""
+        back = stream if self.order is None else stream.transpose(np.argsort(self.order))
+        return back.reshape(-1, stream.shape[-1])
+
+    def placed(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What the projection gives, [tokens, channels], in the shape of the stream."""
+        if self.order is None:
+            return rows.reshape(shape)
+        return rows.reshape([shape[axis] for axis in np.argsort(self.order)]).transpose(self.order)
 
 
 def find_branches(graph: Graph, dependencies: Dependencies, linears: Mapping[str, Linear]) -> list[Branch]:
     """Every projection that can be refitted to a residual stream, in the order of the graph.
 
-    Between the projection and the sum only its bias, one constant scale per channel and reshapes that leave the
-    channels alone are passed; every tensor on the way has one reader.
+    Between the projection and the sum only its bias, one constant scale per channel, reshapes that leave the channels
+    alone and then one transpose that does are passed; every tensor on the way has one reader.
     """
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     mine = sorted((linear for linear in linears.values() if linear.plain), key=lambda linear: order[linear.node])
@@ -62,6 +76,7 @@ def _branch(linear: Linear, graph: Graph, dependencies: Dependencies) -> Branch 
         return None  # a Gemm that adds something else than a bias
     name = projection.output[0]
     scale: str | None = None
+    order: tuple[int, ...] | None = None
     while True:
         uses = [node for node, _ in readers.get(name, []) if node.op_type not in ("Shape", "Size")]
         if len(uses) != 1 or name in graph.outputs or shapes.get(name, (0,))[-1] != width:
@@ -71,12 +86,18 @@ def _branch(linear: Linear, graph: Graph, dependencies: Dependencies) -> Branch 
         constant = len(others) == 1 and others[0] in graph.weights
         if node.op_type == "Add" and len(others) == 1 and not constant:
             same = shapes.get(others[0]) == shapes.get(name) == shapes.get(node.output[0])
-            return Branch(linear, others[0], node.output[0], scale) if same else None
+            return Branch(linear, others[0], node.output[0], scale, order) if same else None
         if node.op_type == "Mul" and constant and scale is None and _per_channel(graph.weights[others[0]], width):
             scale = others[0]
-        elif not (node.op_type in _PASSING or (node.op_type == "Add" and others == [linear.bias])):
+        elif node.op_type == "Transpose" and order is None and _channels_stay(node, len(shapes[name])):
+            order = tuple(attribute(node, "perm"))
+        elif not ((node.op_type in _PASSING and order is None) or (node.op_type == "Add" and others == [linear.bias])):
             return None
         name = node.output[0]
+
+
+def _channels_stay(node: NodeProto, rank: int) -> bool:
+    return bool(attribute(node, "perm", ())) and attribute(node, "perm")[-1] == rank - 1
 
 
 def _per_channel(array: np.ndarray, width: int) -> bool:

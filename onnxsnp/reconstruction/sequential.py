@@ -190,9 +190,9 @@ class _Sweep:
             added = []
             for number, (original, pruned) in enumerate(moved):
                 moved[number] = (original, behind(pruned))
-                wanted = mapped(original[branch.stream]).reshape(-1, len(fit.bias))
+                wanted = mapped(original[branch.stream])
                 added.append(pool.submit(fit.add, moved[number][1], wanted, _rows(number, every)))
-                self._tokens += len(wanted)
+                self._tokens += wanted.size // wanted.shape[-1]
             for one in added:
                 one.result()
         if not moved:
@@ -294,9 +294,9 @@ class _Fit:
         self.joint = Joint.empty(width, out)
 
     def add(self, state: State, wanted: np.ndarray, rows: slice) -> None:
-        """Take some tokens of a batch; `wanted` is the stream as it should be, [tokens, out]."""
-        other = state[self.branch.other].reshape(wanted.shape)[rows]
-        self.joint.add(self._inputs(state)[rows], (wanted[rows].astype(np.float32) - other) / self.scale)
+        """Take some tokens of a batch; `wanted` is the stream as it should be."""
+        goal, other = (self.branch.rows(array)[rows] for array in (wanted, state[self.branch.other]))
+        self.joint.add(self._inputs(state)[rows], (goal.astype(np.float32) - other) / self.scale)
 
     def _inputs(self, state: State) -> np.ndarray:
         return state[self.branch.linear.data].reshape(-1, len(self.weight))
@@ -310,7 +310,7 @@ class _Fit:
         """Add the sum."""
         other = state[self.branch.other]
         output = (self._inputs(state) @ self.weight + self.bias) * self.scale
-        state[self.branch.stream] = other + output.reshape(other.shape)
+        state[self.branch.stream] = other + self.branch.placed(output, other.shape)
 
     def weights(self) -> dict[str, np.ndarray]:
         """New weights of the narrow network by name."""

@@ -34,6 +34,8 @@ PRE_NORM = [
     "timm_layerscale_eager_dynamo18",
     "timm_layerscale_eager_ts17_dyn",
     "timm_nobias_eager_ts17_dyn",
+    "torchvision_vit_mha_dynamo18_dyn",
+    "torchvision_vit_mha_ts17_dyn",
 ]
 BUILT: dict[str, dict[str, Any]] = {
     "separate": {},
@@ -65,7 +67,10 @@ def check_equation(analysis: Analysis, branches: list[Branch], feed: dict[str, n
         y = y + weights[linear.bias].reshape(-1) if linear.bias else y
         y = y * weights[branch.scale].reshape(-1) if branch.scale else y
         want = held[branch.stream]
-        np.testing.assert_allclose(held[branch.other] + y.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
+        y = y.reshape(-1, y.shape[-1])
+        got = branch.placed(y, want.shape)
+        np.testing.assert_allclose(held[branch.other] + got, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(branch.rows(got), y)
 
 
 @pytest.mark.parametrize("name", PRE_NORM)
@@ -210,8 +215,8 @@ NOWHERE: dict[str, Tail] = {
     "one scale for all": scaled(1),
     "two scales": lambda net, x, y: scaled(WIDTH)(net, x, net.op("Mul", y, net.weight("gamma", WIDTH))),
     "divided": through("Div", np.full(WIDTH, 2.0)),
-    "transposed": lambda net, x, y: net.op(
-        "Transpose", add(net, *(net.op("Transpose", value, perm=[1, 0, 2]) for value in (x, y))), perm=[1, 0, 2]
+    "channels moved": lambda net, x, y: net.op(
+        "Transpose", add(net, *(net.op("Transpose", value, perm=[0, 2, 1]) for value in (x, y))), perm=[0, 2, 1]
     ),
     "added to itself": lambda net, x, y: net.op("Tanh", net.op("Add", y, y)),
     "added to a constant": lambda net, x, y: net.op("Tanh", net.op("Add", y, net.weight("table", TOKENS, WIDTH))),

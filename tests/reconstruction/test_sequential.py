@@ -127,21 +127,24 @@ def reference(
     narrow = cut_graph(analysis.graph, analysis.dependencies, cuts, updates)
     found = {}
 
-    def run(graph: Graph, name: str, width: int) -> np.ndarray:
+    def run(graph: Graph, name: str, width: int, order: tuple[int, ...] | None = None) -> np.ndarray:
         session = graph.session([name], threads=1, optimize=False)
         arrays = [feed[name] if name in feed else session.run(None, feed)[0] for feed in feeds]
+        if order is not None:  # tokens as the projection sees them
+            arrays = [np.moveaxis(array, range(len(order)), order) for array in arrays]
         return np.concatenate([array.reshape(-1, width) for array in arrays]).astype(np.float64)
 
     for branch in find_branches(analysis.graph, analysis.dependencies, analysis.linears):
         linear = branch.linear
         start = np.moveaxis(narrow.weights[linear.weight], linear.inner, 0).astype(np.float64)
-        target = run(analysis.graph, branch.stream, analysis.graph.weights[linear.weight].shape[linear.outer])
+        wide = analysis.graph.weights[linear.weight].shape[linear.outer]
+        target = run(analysis.graph, branch.stream, wide, branch.order)
         if stream is not None:
             target = target @ stream
         elif start.shape[1] < target.shape[1]:
             (channels,) = (entry.keep[0] for entry in plan.groups if entry.kind == "residual")
             target = target[:, channels]
-        target -= run(narrow, branch.other, start.shape[1])
+        target -= run(narrow, branch.other, start.shape[1], branch.order)
         target /= narrow.weights[branch.scale].reshape(-1) if branch.scale else 1.0
         x = run(narrow, linear.data, len(start))
         weight, bias = ridge(x, target, start, strength, linear.bias is not None)
