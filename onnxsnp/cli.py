@@ -178,7 +178,7 @@ def prune(
         typer.Option(
             help="none: the paper's cut. refit: what reads the cut neurons is refitted by least squares. full: "
             "attention is rotated (or weighted) before it is cut, and so is the residual stream; FFN neurons go by "
-            "optimal brain surgeon, then refit.",
+            "optimal brain surgeon; then all branches are fitted in order, as far as that helps on unseen samples.",
             rich_help_panel=_METHOD,
         ),
     ] = "full",

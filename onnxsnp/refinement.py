@@ -82,6 +82,9 @@ def refine(
         batches: the samples to fit on; gone through once for each attempt.
         loss: measures on samples that no fit has seen.
         streams: see `refit_in_order`.
+
+    Returns:
+        The weights that are best on the unseen samples, and what each attempt did.
     """
     found = Refined(dict(updates))
     cuts = as_cuts(plan, analysis.groups)
