@@ -20,7 +20,7 @@ kept, in memory, and the inputs of one projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -131,12 +131,13 @@ def refit_in_order(
         return {}
     sweep = _Sweep(analysis, branches, cuts, updates, streams or {}, {"threads": threads, "provider": provider})
     sweep.strength, sweep.local = strength, local
-    states: Iterable[tuple[State, State]] = ((dict(batch.inputs), dict(batch.inputs)) for batch in batches)
+    pairs: Iterable[tuple[State, State]] = ((dict(batch.inputs), dict(batch.inputs)) for batch in batches)
     with single_threaded():  # the threads of BLAS and those of onnxruntime would wait for each other
         for index in range(len(branches)):
-            states = sweep.branch(index, states)
+            states = sweep.branch(index, pairs)
             if not states:
                 return {}
+            pairs = _taken(states)
             if progress is not None:
                 progress(index + 1, len(branches))
     return sweep.found
@@ -172,26 +173,26 @@ class _Sweep:
         def mapped(array: np.ndarray) -> np.ndarray:
             return array if change is None else array[..., change] if change.ndim == 1 else array @ change
 
-        whole, moved = self._local(branch), []
         ahead = self._whole.step(index, [branch.stream, branch.other])
-        for number, (original, pruned) in enumerate(states):
-            passed = ahead(original)
-            moved.append((passed, pruned))
-            if whole is not None:
-                before, after = mapped(passed[branch.other]), mapped(passed[branch.stream])
+        passed: Iterable[tuple[State, State]] = ((ahead(original), pruned) for original, pruned in states)
+        whole = self._local(branch)
+        if whole is not None:
+            passed = list(passed)
+            for number, (original, _) in enumerate(passed):
+                before, after = mapped(original[branch.other]), mapped(original[branch.stream])
                 whole.add(before, after - before, _rows(number, self._tokens // TOKENS))
-        if whole is not None and moved:
-            self._take(whole.fit())
-        fit = _Fit(branch, self._narrow)
+            if passed:
+                self._take(whole.fit())
+        fit, moved = _Fit(branch, self._narrow), []
         every = self._tokens // (_ENOUGH * len(fit.weight))
         self._tokens = 0
         behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
         with ThreadPoolExecutor(max_workers=1) as pool:  # moments of one batch while the next one runs
             added = []
-            for number, (original, pruned) in enumerate(moved):
-                moved[number] = (original, behind(pruned))
+            for number, (original, pruned) in enumerate(_taken(passed) if isinstance(passed, list) else passed):
+                moved.append((original, behind(pruned)))
                 wanted = mapped(original[branch.stream])
-                added.append(pool.submit(fit.add, moved[number][1], wanted, _rows(number, every)))
+                added.append(pool.submit(fit.add, moved[-1][1], wanted, _rows(number, every)))
                 self._tokens += wanted.size // wanted.shape[-1]
             for one in added:
                 one.result()
@@ -217,6 +218,13 @@ class _Sweep:
             self._narrow.weights[name] = array
             original = self._analysis.graph.weights[name]
             self.found[name] = _spread(array, original, name, self._analysis.dependencies, self._cuts)
+
+
+def _taken(states: list[tuple[State, State]]) -> Iterator[tuple[State, State]]:
+    """The states in order; each leaves the list as it is given, so that old and new ones are not held at once."""
+    states.reverse()
+    while states:
+        yield states.pop()
 
 
 def _rows(number: int, every: int) -> slice:
