@@ -47,7 +47,8 @@ from onnxsnp.surgery.apply import apply
 from onnxsnp.verbs import open_for
 
 ONE_RATIO, AUTO = "full, one ratio", "full, auto"
-# one step of full compensation switched off at a time, all at one ratio for every group
+# one step of full compensation switched off at a time, all at one ratio for every group; the fit of feed-forward
+# branches is part of the sequential sweep and goes with it
 ABLATIONS = {
     "no sequential refit": frozenset({"sequential"}),
     "no rotation of query and key": frozenset({"pairs"}),
