@@ -16,39 +16,41 @@ from onnxsnp.graph.feedforward import FeedForward
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear
 from onnxsnp.graph.segments import Segment, between, segment_graph
+from onnxsnp.parallel import Crew
 from onnxsnp.reconstruction.two_layers import Activation, TwoLayers, fit_two_layers
 
 TOKENS = 16384  # that a branch is fitted on at most
 
+Tokens = tuple[np.ndarray, np.ndarray]  # inputs and targets of a branch
+
 
 class LocalFit:
-    """Collects tokens of one feed-forward branch, and fits its layers.
+    """Takes tokens of one feed-forward branch, and fits its layers.
 
     Args:
         narrow: the cut network.
-        opened: threads and provider of its sessions.
+        crew: who runs its parts.
     """
 
-    def __init__(self, network: FeedForward, narrow: Graph, opened: dict[str, Any]) -> None:
-        self._network, self._narrow, self._opened = network, narrow, opened
+    def __init__(self, network: FeedForward, narrow: Graph, crew: Crew) -> None:
+        self._network, self._narrow, self._crew = network, narrow, crew
         # on whole samples: what lies in front of the projections may name axes or sizes, or mix tokens
         self._read = self._runner([network.branch.other], network.inputs)
-        self._inputs: list[np.ndarray] = []
-        self._targets: list[np.ndarray] = []
 
-    def add(self, before: np.ndarray, added: np.ndarray, rows: slice) -> None:
-        """Take some tokens of a batch.
+    def tokens(self, before: np.ndarray, added: np.ndarray, rows: slice) -> Tokens:
+        """Some tokens of a batch: what the branch reads there, and what it should add.
 
         Args:
             before: the stream in front of the branch, whole samples, with the channels of the cut network.
             added: what the branch should add to it.
             rows: which of the tokens to take.
         """
-        inputs = self._read([before])
-        for held, array in ((self._inputs, inputs), (self._targets, added)):
-            held.append(np.ascontiguousarray(array.reshape(-1, array.shape[-1])[rows]))
+        inputs, targets = (
+            np.ascontiguousarray(array.reshape(-1, array.shape[-1])[rows]) for array in (self._read([before]), added)
+        )
+        return inputs, targets
 
-    def fit(self) -> dict[str, np.ndarray]:
+    def fit(self, tokens: Sequence[Tokens]) -> dict[str, np.ndarray]:
         """New weights and biases of the cut network by name; none if that did not lower the error."""
         network, weights = self._network, self._narrow.weights
         last, bias = network.branch.linear, _bias(weights, network.branch.linear)
@@ -64,7 +66,7 @@ class LocalFit:
         def activation(before: Sequence[np.ndarray]) -> np.ndarray:
             return between_layers(before).reshape(before[0].shape)  # constants may bring leading axes
 
-        inputs, target = np.concatenate(self._inputs), np.concatenate(self._targets)
+        inputs, target = (np.concatenate(arrays) for arrays in zip(*tokens, strict=True))
         found, errors = fit_two_layers(start, inputs, target, activation)
         if len(errors) == 1:
             return {}
@@ -88,7 +90,7 @@ class LocalFit:
         graph = segment_graph(
             self._narrow, Segment(part.nodes, part.inputs, (wanted,)), [wanted], dict.fromkeys(given, kind)
         )
-        session = graph.session(**{**self._opened, "threads": 1})  # called from as many threads as there are cores
+        session = graph.session(**{**self._crew.opened, "threads": 1})  # called from as many threads as there are cores
 
         def run(arrays: Any) -> np.ndarray:
             feeds = {name: np.asarray(array, kind) for name, array in zip(given, arrays, strict=True)}

@@ -21,9 +21,9 @@ kept, in memory, and the inputs of one projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from scipy.linalg import blas
@@ -35,7 +35,8 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.feedforward import find_feedforward
 from onnxsnp.graph.ir import Graph, SharedSession
 from onnxsnp.graph.segments import Segment, segment_graph, segments
-from onnxsnp.reconstruction.local import TOKENS, LocalFit
+from onnxsnp.parallel import Crew
+from onnxsnp.reconstruction.local import TOKENS, LocalFit, Tokens
 from onnxsnp.reconstruction.refit import solve_positive
 from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, touched, weight_axes
 
@@ -46,6 +47,8 @@ _ENOUGH = 48  # tokens per fitted row of a weight; neighbouring tokens say much 
 STRENGTH = 3.0  # λ as a share of the mean variance of x
 
 State = dict[str, np.ndarray]
+Item = TypeVar("Item")
+Other = TypeVar("Other")
 
 
 @dataclass
@@ -69,14 +72,21 @@ class Joint:
     def empty(width: int, out: int) -> Joint:
         return Joint(np.zeros((width, width)), np.zeros((width, out)), np.zeros(width), np.zeros(out))
 
-    def add(self, x: np.ndarray, target: np.ndarray) -> None:
-        """Add tokens, [tokens, K] and [tokens, out]; products in single precision, sums in double."""
+    @staticmethod
+    def of(x: np.ndarray, target: np.ndarray) -> Joint:
+        """The moments of some tokens, [tokens, K] and [tokens, out]; products are in single precision."""
         x, target = (array.astype(np.float32, copy=False) for array in (x, target))
-        self.inputs += blas.ssyrk(1.0, x.T, lower=1)  # half the work of x.T @ x
-        self.cross += x.T @ target
-        self.total += x.sum(axis=0, dtype=np.float64)
-        self.wanted += target.sum(axis=0, dtype=np.float64)
-        self.count += len(x)
+        inputs = blas.ssyrk(1.0, x.T, lower=1)  # half the work of x.T @ x
+        total, wanted = (array.sum(axis=0, dtype=np.float64) for array in (x, target))
+        return Joint(inputs, x.T @ target, total, wanted, len(x))
+
+    def add(self, other: Joint) -> None:
+        """Add the moments of other tokens, in double precision."""
+        self.inputs += other.inputs
+        self.cross += other.cross
+        self.total += other.total
+        self.wanted += other.wanted
+        self.count += other.count
 
     def solve(self, start: np.ndarray, strength: float, *, centred: bool) -> tuple[np.ndarray, np.ndarray]:
         """W' [K, out] and b' [out] (zeros where there is no bias, that is, not `centred`).
@@ -129,7 +139,7 @@ def refit_in_order(
     branches = find_branches(graph, analysis.dependencies, linears)
     if not branches:
         return {}
-    sweep = _Sweep(analysis, branches, cuts, updates, streams or {}, {"threads": threads, "provider": provider})
+    sweep = _Sweep(analysis, branches, cuts, updates, streams or {}, Crew.of(threads, provider))
     sweep.strength, sweep.local = strength, local
     pairs: Iterable[tuple[State, State]] = ((dict(batch.inputs), dict(batch.inputs)) for batch in batches)
     with single_threaded():  # the threads of BLAS and those of onnxruntime would wait for each other
@@ -153,14 +163,14 @@ class _Sweep:
         cuts: Sequence[Cut],
         updates: Mapping[str, np.ndarray],
         streams: Mapping[int, np.ndarray],
-        opened: dict[str, Any],
+        crew: Crew,
     ) -> None:
         self._analysis, self._branches, self._cuts = analysis, branches, cuts
-        self._streams, self._opened = streams, opened
+        self._streams, self._crew = streams, crew
         self._narrow = cut_graph(analysis.graph, analysis.dependencies, cuts, updates)
         self._narrow.drop_dead()
-        self._whole = _Walk(analysis.graph, branches, opened)
-        self._cut = _Walk(self._narrow, branches, opened)
+        self._whole = _Walk(analysis.graph, branches, crew)
+        self._cut = _Walk(self._narrow, branches, crew)
         self._tokens = 0  # of the branch before; not known for the first, which is fitted on all
         self.strength, self.local = STRENGTH, True
         self.found: dict[str, np.ndarray] = {}
@@ -174,43 +184,54 @@ class _Sweep:
             return array if change is None else array[..., change] if change.ndim == 1 else array @ change
 
         ahead = self._whole.step(index, [branch.stream, branch.other])
-        passed: Iterable[tuple[State, State]] = ((ahead(original), pruned) for original, pruned in states)
-        whole = self._local(branch)
-        if whole is not None:
-            passed = list(passed)
-            for number, (original, _) in enumerate(passed):
+        network = self._local(branch)
+        if network is not None:
+
+            def collect(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Tokens]:
+                number, (original, pruned) = item
+                original = ahead(original)
                 before, after = mapped(original[branch.other]), mapped(original[branch.stream])
-                whole.add(before, after - before, _rows(number, self._tokens // TOKENS))
-            if passed:
-                self._take(whole.fit())
-        fit, moved = _Fit(branch, self._narrow), []
+                rows = _rows(number, self._tokens // TOKENS)
+                return (original, pruned), network.tokens(before, after - before, rows)
+
+            passed, tokens = _unzipped(self._crew.map(collect, enumerate(states)))
+            if tokens:
+                self._take(network.fit(tokens))
+            states = _taken(passed)
+        fit = _Fit(branch, self._narrow)
         every = self._tokens // (_ENOUGH * len(fit.weight))
-        self._tokens = 0
         behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
-        with ThreadPoolExecutor(max_workers=1) as pool:  # moments of one batch while the next one runs
-            added = []
-            for number, (original, pruned) in enumerate(_taken(passed) if isinstance(passed, list) else passed):
-                moved.append((original, behind(pruned)))
-                wanted = mapped(original[branch.stream])
-                added.append(pool.submit(fit.add, moved[-1][1], wanted, _rows(number, every)))
-                self._tokens += wanted.size // wanted.shape[-1]
-            for one in added:
-                one.result()
+
+        def advance(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Joint]:
+            number, (original, pruned) = item
+            original, pruned = original if network is not None else ahead(original), behind(pruned)
+            return (original, pruned), fit.moments(pruned, mapped(original[branch.stream]), _rows(number, every))
+
+        moved = []
+        for state, joint in self._crew.map(advance, enumerate(states)):
+            moved.append(state)
+            fit.joint.add(joint)
         if not moved:
             return []
+        self._tokens = sum(original[branch.stream][..., 0].size for original, _ in moved)
         fit.solve(self.strength)
         self._take(fit.weights())
-        for original, pruned in moved:
+
+        def finish(state: tuple[State, State]) -> None:
+            original, pruned = state
             fit.advance(pruned)
             self._whole.forget(index, original)
             self._cut.forget(index, pruned)
+
+        for _ in self._crew.map(finish, moved):
+            pass
         return moved
 
     def _local(self, branch: Branch) -> LocalFit | None:
         """The fit of a feed-forward branch as a whole, if anything of it is cut."""
         analysis, cut = self._analysis, {one.atom for one in self._cuts}
         network = find_feedforward(branch, analysis.groups, analysis.graph, analysis.linears) if self.local else None
-        return LocalFit(network, self._narrow, self._opened) if network and network.group.atom in cut else None
+        return LocalFit(network, self._narrow, self._crew) if network and network.group.atom in cut else None
 
     def _take(self, new: Mapping[str, np.ndarray]) -> None:
         """Weights of the narrow network, which go into `found` in their original shapes."""
@@ -218,6 +239,15 @@ class _Sweep:
             self._narrow.weights[name] = array
             original = self._analysis.graph.weights[name]
             self.found[name] = _spread(array, original, name, self._analysis.dependencies, self._cuts)
+
+
+def _unzipped(pairs: Iterable[tuple[Item, Other]]) -> tuple[list[Item], list[Other]]:
+    """Two lists from an iterator of pairs."""
+    found: tuple[list[Item], list[Other]] = ([], [])
+    for one, two in pairs:
+        found[0].append(one)
+        found[1].append(two)
+    return found
 
 
 def _taken(states: list[tuple[State, State]]) -> Iterator[tuple[State, State]]:
@@ -249,8 +279,8 @@ def _change(
 class _Walk:
     """Runs a network branch by branch."""
 
-    def __init__(self, graph: Graph, branches: Sequence[Branch], opened: Mapping[str, Any]) -> None:
-        self._graph, self._opened = graph, opened
+    def __init__(self, graph: Graph, branches: Sequence[Branch], crew: Crew) -> None:
+        self._graph, self._opened = graph, crew.opened
         self._segments: list[Segment] = segments(graph, [branch.stream for branch in branches])
 
     def forget(self, index: int, state: State) -> None:
@@ -270,11 +300,14 @@ class _Walk:
         kept = [name for name in outputs if name in segment.inputs]
         made = [name for name in outputs if name not in segment.inputs]
         sessions: list[tuple[SharedSession, list[str]]] = []
+        opening = Lock()
 
         def run(state: State) -> State:
-            if not sessions:  # element types are known once there is a sample
-                part = segment_graph(self._graph, segment, made, {name: array.dtype for name, array in state.items()})
-                sessions.append((part.timed_session(**self._opened), part.inputs))
+            with opening:
+                if not sessions:  # element types are known once there is a sample
+                    kinds = {name: array.dtype for name, array in state.items()}
+                    part = segment_graph(self._graph, segment, made, kinds)
+                    sessions.append((part.timed_session(**self._opened), part.inputs))
             session, read = sessions[0]
             values = session.run(made, {name: state[name] for name in read}) if made else []
             return {name: state[name] for name in kept} | dict(zip(made, values, strict=True))
@@ -301,10 +334,10 @@ class _Fit:
         self.scale = weights[self.branch.scale].reshape(-1) if self.branch.scale else np.ones(out, self.weight.dtype)
         self.joint = Joint.empty(width, out)
 
-    def add(self, state: State, wanted: np.ndarray, rows: slice) -> None:
-        """Take some tokens of a batch; `wanted` is the stream as it should be."""
+    def moments(self, state: State, wanted: np.ndarray, rows: slice) -> Joint:
+        """Of some tokens of a batch; `wanted` is the stream as it should be."""
         goal, other = (self.branch.rows(array)[rows] for array in (wanted, state[self.branch.other]))
-        self.joint.add(self._inputs(state)[rows], (goal.astype(np.float32) - other) / self.scale)
+        return Joint.of(self._inputs(state)[rows], (goal.astype(np.float32) - other) / self.scale)
 
     def _inputs(self, state: State) -> np.ndarray:
         return state[self.branch.linear.data].reshape(-1, len(self.weight))

@@ -21,6 +21,7 @@ from onnxsnp.graph.branches import find_branches
 from onnxsnp.graph.feedforward import FeedForward, find_feedforward
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.segments import between, segment_graph
+from onnxsnp.parallel import Crew
 from onnxsnp.planning.plan import Plan, as_cuts
 from onnxsnp.planning.selection import requirements
 from onnxsnp.pruning import prune
@@ -32,7 +33,7 @@ from onnxsnp.surgery.rewrite import cut_graph
 
 FOLDER = Path(__file__).resolve().parent.parent / "exports"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((FOLDER / "expected.json").read_text())
-OPENED: dict[str, Any] = {"threads": 1, "provider": "cpu"}
+CREW = Crew.of(1, "cpu")
 Weights = dict[str, np.ndarray]
 
 
@@ -165,12 +166,12 @@ def branch_error(
 def fitted(
     network: FeedForward, narrow: Graph, sides: Sequence[tuple[Any, Any]], change: Any = None, every: int = 1
 ) -> Weights:
-    fit = LocalFit(network, narrow, OPENED)
+    fit, tokens = LocalFit(network, narrow, CREW), []
     for other, stream in sides:
         kind = other.dtype
         mapped, added = (other, stream - other) if change is None else (other @ change, (stream - other) @ change)
-        fit.add(mapped.astype(kind), added.astype(kind), slice(None, None, every))
-    return fit.fit()
+        tokens.append(fit.tokens(mapped.astype(kind), added.astype(kind), slice(None, None, every)))
+    return fit.fit(tokens)
 
 
 def first_weights(network: FeedForward) -> set[str]:

@@ -176,7 +176,7 @@ def test_the_solution_is_least_squares_with_the_ridge_as_rows(centred: bool, str
     x = rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal(6)
     t, start = rng.standard_normal((300, 4)) + 2 + x[:, :4], rng.standard_normal((6, 4))
     joint = Joint.empty(6, 4)
-    joint.add(x, t)
+    joint.add(Joint.of(x, t))
     weight, bias = joint.solve(start, strength, centred=centred)
     want, shift = ridge(x, t, start, strength, centred)
     np.testing.assert_allclose(weight, want, rtol=1e-4, atol=1e-5)
@@ -189,7 +189,7 @@ def test_moments_add_up_over_the_batches() -> None:
     x, t = rng.standard_normal((50, 6)) + 1, rng.standard_normal((50, 4)) - 1
     joint = Joint.empty(6, 4)
     for part in (slice(0, 20), slice(20, 21), slice(21, 50)):
-        joint.add(x[part], t[part])
+        joint.add(Joint.of(x[part], t[part]))
     assert joint.count == 50
     for got, want in (
         (joint.inputs, np.tril(x.T @ x)),
@@ -206,14 +206,14 @@ def test_moments_of_half_precision_do_not_overflow_or_saturate() -> None:
     x, t = np.full((5000, 2), 30, np.float16), np.full((5000, 1), 3, np.float16)
     joint = Joint.empty(2, 1)
     for _ in range(4):
-        joint.add(x, t)
+        joint.add(Joint.of(x, t))
     assert (joint.inputs == np.tril(np.full((2, 2), 20000 * 900))).all() and (joint.cross == 20000 * 90).all()
     assert (joint.total == 20000 * 30).all() and (joint.wanted == 20000 * 3).all()
 
 
 def test_inputs_that_are_always_zero_leave_the_weight_and_set_the_bias() -> None:
     joint = Joint.empty(3, 2)
-    joint.add(np.zeros((9, 3)), np.tile([1.0, -2.0], (9, 1)))
+    joint.add(Joint.of(np.zeros((9, 3)), np.tile([1.0, -2.0], (9, 1))))
     start = np.arange(6.0).reshape(3, 2)
     weight, bias = joint.solve(start, STRENGTH, centred=True)
     np.testing.assert_allclose(weight, start)
