@@ -33,13 +33,18 @@ class Crew:
     opened: dict[str, Any]
 
     @staticmethod
-    def of(threads: int | None, provider: str) -> Crew:
-        """The workers for so many threads (all cores if None); on an accelerator one, for it takes its own."""
+    def of(threads: int | None, provider: str, batches: int = _MOST) -> Crew:
+        """The workers for so many threads (all cores if None) and so many batches; on an accelerator one."""
         if provider != "cpu":
-            return Crew(1, {"threads": threads, "provider": provider})
+            return Crew.whole(threads, provider)
         cores = threads or available_cores()
-        workers = min(cores, _MOST)
+        workers = max(1, min(cores, batches, _MOST))
         return Crew(workers, {"threads": cores // workers, "provider": provider})
+
+    @staticmethod
+    def whole(threads: int | None, provider: str) -> Crew:
+        """One worker with all threads."""
+        return Crew(1, {"threads": threads, "provider": provider})
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of the items, which are taken as they are needed.

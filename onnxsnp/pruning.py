@@ -361,6 +361,7 @@ class _Run:
                     pair_groups=needed.rotated,
                     gain_sites=needed.gained,
                     rank=options.rank,
+                    samples=seen,
                     threads=options.threads,
                     provider=options.provider,
                     progress=lambda done: self.progress("calibrate", done, seen),

@@ -162,6 +162,7 @@ def statistics_for(analysis: Analysis, rows: Iterable[Row], data: Iterator[Batch
         first(data, samples),
         pair_groups=needed.rotated,
         gain_sites=needed.gained,
+        samples=samples,
     )
 
 

@@ -3,16 +3,20 @@
 The instrumented copy of the model carries extra nodes for the Gram matrices of query and key (per image and head) and
 for the second moments of the inputs of projections; only these small matrices leave the session. Sums are kept in
 float64, so passes over parts of the data can be added.
+
+Second moments of a wide activation take longer than the layer itself, and the tokens of an image say much the same. So
+where there are far more tokens than features, some are passed over, not the same ones in every batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from onnxsnp.blas import available_cores, single_threaded
@@ -25,10 +29,13 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
+from onnxsnp.parallel import Crew
 from onnxsnp.scoring.snp import qk_scores
 
 _WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
 _WIDE, _BANDS = 256, 4  # second moments of activations this wide are computed in so many bands
+ENOUGH = 16  # tokens per feature of a wide activation: where there are twice as many, only every second is taken
+_SIDE_BY_SIDE_BYTES = 64 << 20  # of moments per batch up to which batches are run side by side
 
 
 @dataclass
@@ -113,6 +120,7 @@ def collect(
     pair_groups: Sequence[Group] = (),
     gain_sites: Sequence[GainSite] = (),
     rank: int | None = None,
+    samples: int | None = None,
     threads: int | None = None,
     provider: str = "cpu",
     progress: Callable[[int], None] | None = None,
@@ -125,6 +133,7 @@ def collect(
         gain_sites: query-key groups the overlap of whose pairs is wanted.
         tensors: activations (last axis: features) whose second moments are wanted.
         rank: components that count in eq. 6; estimated per image and head if None.
+        samples: how many there will be about; if None, no token is passed over.
         progress: called with the number of samples after each batch.
 
     Raises:
@@ -141,10 +150,8 @@ def collect(
     wanted = {name: builder.moments(name) for name in tensors}
     result = Statistics()
     sums: dict[str, _Sums] = {}
-    session = builder.session(threads, provider)
     scorer = _Scorer(result.qk, rank, threads)
-    for batch in batches:
-        values = dict(zip(builder.outputs, session.run(builder.outputs, batch.inputs), strict=True))
+    for batch, values in _runs(builder, batches, samples, threads, provider):
         for group, query, key in pairs:
             if group.id in scored:
                 scorer.add(group, dependencies, values, query, key)
@@ -162,6 +169,32 @@ def collect(
     for name in list(sums):
         result.moments[name] = sums.pop(name).moments()
     return result
+
+
+def _runs(
+    builder: _Builder, batches: Iterable[Batch], samples: int | None, threads: int | None, provider: str
+) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Batches, and what the session returns for each. The first one shows how many tokens there are to come."""
+    crew = Crew.of(threads, provider) if builder.bytes <= _SIDE_BY_SIDE_BYTES else Crew.whole(threads, provider)
+    session = builder.session(crew)
+    steps = dict.fromkeys(builder.widths, 1)
+
+    def run(item: tuple[int, Batch]) -> tuple[Batch, dict[str, np.ndarray]]:
+        number, batch = item
+        taken = {name: np.asarray([[number % step], [step]], np.int64) for name, step in steps.items()}
+        outputs = session.run(builder.outputs, {**batch.inputs, **taken})
+        return batch, dict(zip(builder.outputs, outputs, strict=True))
+
+    numbered = enumerate(batches)
+    start = next(numbered, None)
+    if start is None:
+        return
+    batch, values = run(start)
+    for name, (size, width) in builder.widths.items():
+        tokens = int(values[size]) // width * (samples or 0) // batch.count
+        steps[name] = max(1, tokens // (ENOUGH * width))
+    yield batch, values
+    yield from crew.map(run, numbered)
 
 
 @dataclass
@@ -309,7 +342,14 @@ def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand
 
 
 class _Builder:
-    """Adds moment nodes to a copy of a graph."""
+    """Adds moment nodes to a copy of a graph.
+
+    Attributes:
+        outputs: what a session is to return.
+        widths: inputs that say which tokens of a wide activation count, [[first], [step]], and for each the output with
+            the number of entries that did, and the width.
+        bytes: size of all second moments.
+    """
 
     def __init__(self, graph: Graph, dependencies: Dependencies) -> None:
         self._graph = graph.copy()
@@ -318,12 +358,18 @@ class _Builder:
         floats = [array for array in graph.weights.values() if array.dtype.kind not in "iub"]
         self._cast = any(array.dtype != np.float32 for array in floats)
         self.outputs: list[str] = []
+        self.widths: dict[str, tuple[str, int]] = {}
+        self.bytes = 0
 
-    def session(self, threads: int | None, provider: str) -> SharedSession:
+    def session(self, crew: Crew) -> SharedSession:
         """A session that returns `outputs`."""
-        graph = self._graph
-        kept = Graph(graph.shell, graph.nodes, graph.weights)
-        return kept.session(self.outputs, threads=threads, provider=provider)
+        shell = onnx.ModelProto()
+        shell.CopyFrom(self._graph.shell)
+        for name in self.widths:
+            shell.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [2, 1]))
+        del shell.graph.output[:]
+        shell.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.outputs)
+        return Graph(shell, self._graph.nodes, self._graph.weights).timed_session(**crew.opened)
 
     def gram(self, axis: Axis, tokens: Axis) -> _Operand:
         """XᵀX over the token axis, for every index of the other axes."""
@@ -345,6 +391,11 @@ class _Builder:
         """
         width = self._deps.facts.shapes[tensor][-1]
         flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
+        taken = self._namer("onnxsnp.tokens")
+        if width >= _WIDE:
+            first, every = (self._node("Gather", [taken, self._constant(np.asarray(index))]) for index in (0, 1))
+            last, rows_axis = (self._constant(np.asarray([value])) for value in (np.iinfo(np.int64).max, 0))
+            flat = self._node("Slice", [flat, first, last, rows_axis, every])
         bands = []
         step = -(-width // _BANDS) if width >= _WIDE else width
         for start in range(0, width, step):
@@ -356,6 +407,9 @@ class _Builder:
         rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
         total = self._node("Mul", [mean, rows])
         self.outputs.extend([*bands, total, size])
+        self.bytes += 4 * width * width
+        if width >= _WIDE:
+            self.widths[taken] = (size, width)
         return bands, total, size
 
     def _columns(self, tensor: str, start: int, stop: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from onnxsnp.evaluation.accuracy import softmax_kl
 from onnxsnp.graph.branches import find_branches
 from onnxsnp.graph.ir import Graph, SharedSession
 from onnxsnp.graph.segments import Segment, segment_graph, segments
+from onnxsnp.parallel import Crew
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.surgery.rewrite import cut_graph, mask_weights
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
 
-_STARTS = 3  # places from which the network can be run on
+_STARTS = 6  # places from which the network can be run on
 
 
 @dataclass
@@ -62,14 +64,14 @@ class Loss:
         provider: str = "cpu",
     ) -> None:
         self._analysis, self._reconstruction = analysis, reconstruction
-        self._opened: dict[str, Any] = {"threads": threads, "provider": provider}
+        self._crew = Crew.of(threads, provider, len(batches))
         self._counts = [batch.count for batch in batches]
-        self._tails = _tails(analysis, batches, self._opened)
+        self._tails = _tails(analysis, batches, self._crew)
         deps = analysis.dependencies
         # zeros in place of channels would count in a mean over them
         self._averaged = {atom for role in deps.facts.statistics for atom in deps.atoms(*role.axis)}
         tail = self._tails[-1]
-        self._reference = [tail.session.run(None, state) for state in tail.states]
+        self._reference = list(self._crew.map(partial(tail.session.run, None), tail.states))
         order = {node.name: index for index, node in enumerate(analysis.graph.nodes)}
         readers = analysis.graph.readers()
         self._read = {
@@ -94,7 +96,7 @@ class Loss:
         if self._averaged & {cut.atom for cut in cuts}:
             narrow = cut_graph(self._analysis.graph, self._analysis.dependencies, cuts, updates)
             narrow.drop_dead()
-            return self._distance(narrow.session(**self._opened), self._tails[0].states, {}, samples)
+            return self._distance(narrow.session(**self._crew.opened), self._tails[0].states, {}, samples)
         weights = masked_weights(self._analysis, entries, updates)
         earliest = min((self._read[name] for name in weights), default=len(self._analysis.graph.nodes))
         tail = next(tail for tail in reversed(self._tails) if tail.first <= earliest)
@@ -109,27 +111,35 @@ class Loss:
         samples: int | None,
     ) -> float:
         total, count = 0.0, 0
-        for size, state, reference in zip(self._counts, states, self._reference, strict=True):
-            if samples is not None and count >= samples:
-                break
+        taken = list(zip(self._counts, states, self._reference, strict=True))
+        if samples is not None:
+            before = np.cumsum([0, *self._counts[:-1]])
+            taken = [item for item, seen in zip(taken, before, strict=True) if seen < samples]
+
+        def moved(item: tuple[int, dict[str, np.ndarray], list[np.ndarray]]) -> tuple[int, float]:
+            size, state, reference = item
             outputs = session.run(None, state, weights)
-            total += size * sum(
+            return size, sum(
                 distance(want[:size], got[:size])
                 for want, got in zip(reference, outputs, strict=True)
                 if want.dtype.kind == "f" and want.ndim
             )
+
+        for size, value in self._crew.map(moved, taken):
+            total += size * value
             count += size
         return total / count
 
 
-def _tails(analysis: Analysis, batches: Sequence[Batch], opened: Mapping[str, Any]) -> list[_Tail]:
+def _tails(analysis: Analysis, batches: Sequence[Batch], crew: Crew) -> list[_Tail]:
     """The whole network, and its rests from a few places on the residual stream."""
     graph = analysis.graph
     streams = [branch.stream for branch in find_branches(graph, analysis.dependencies, analysis.linears)]
     made = {name: index for index, node in enumerate(graph.nodes) for name in node.output}
     early = min(made.get(name, -1) for name in graph.outputs)  # outputs must not lie before a start
     streams = [name for name in streams if made[name] < early]
-    marks = [streams[len(streams) * part // _STARTS] for part in range(1, _STARTS)] if len(streams) >= _STARTS else []
+    starts = min(_STARTS, len(streams))
+    marks = [streams[len(streams) * part // starts] for part in range(1, starts)]
     feed = {name for name, array in graph.weights.items() if array.dtype.kind == "f" and array.ndim}
     states: list[dict[str, np.ndarray]] = [dict(batch.inputs) for batch in batches]
     found: list[_Tail] = []
@@ -140,11 +150,11 @@ def _tails(analysis: Analysis, batches: Sequence[Batch], opened: Mapping[str, An
         kinds = {name: array.dtype for name, array in states[0].items()}
         tail = segment_graph(graph, Segment(rest, part.inputs, tuple(graph.outputs)), graph.outputs, kinds)
         read = frozenset(feed & tail.weights.keys())
-        session = tail.session(feed=read, **opened)
+        session = tail.session(feed=read, **crew.opened)
         mine = [{name: state[name] for name in tail.inputs} for state in states]
         found.append(_Tail(first, session, read, mine))
         if index + 1 < len(parts):
-            states = _advanced(graph, part, states, kinds, opened)
+            states = _advanced(graph, part, states, kinds, crew)
             first += len(part.nodes)
     return found
 
@@ -154,17 +164,19 @@ def _advanced(
     part: Segment,
     states: Sequence[dict[str, np.ndarray]],
     kinds: Mapping[str, np.dtype],
-    opened: Mapping[str, Any],
+    crew: Crew,
 ) -> list[dict[str, np.ndarray]]:
     """The states behind a segment."""
     made = [name for name in part.outputs if name not in part.inputs]
     between = segment_graph(graph, part, made, kinds)
-    session = between.session(**opened)
-    return [
-        {name: state[name] for name in part.outputs if name in part.inputs}
-        | dict(zip(made, session.run(made, {name: state[name] for name in between.inputs}), strict=True))
-        for state in states
-    ]
+    session = between.session(**crew.opened)
+
+    def run(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = session.run(made, {name: state[name] for name in between.inputs})
+        kept = {name: state[name] for name in part.outputs if name in part.inputs}
+        return kept | dict(zip(made, values, strict=True))
+
+    return list(crew.map(run, states))
 
 
 def distance(reference: np.ndarray, outputs: np.ndarray) -> float:

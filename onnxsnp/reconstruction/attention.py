@@ -8,14 +8,19 @@ Gq = E[qᵀq] and Gk the covariance of k within an image, the pairs
 
 give the best r-dimensional scores, with error Σ_{j>r} σ_j². Softmax ignores what is constant along its row, so the mean
 of the keys of an image, and with it the key bias, can go. METHODS 2.2 (kin: MoDeGPT arXiv 2408.09632): values are kept
-in the leading directions of C_hh^½ Wo_h, where C is the covariance of the output projection's input.
+in the leading directions of C_hh^½ Wo_h, where C is the covariance of the output projection's input. What one head says
+others say in part as well, and the projection is refitted over all of them, so once the width is known each head in
+turn gets the directions that add most to what the others keep.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from onnxsnp.reconstruction.refit import solve_positive
 
 RIDGE = 1e-6  # of the mean eigenvalue: only keeps roots of singular matrices finite, it does not regularise
 
@@ -84,3 +89,45 @@ def value_basis(covariance: np.ndarray, projection: np.ndarray) -> ValueBasis:
     energy[: len(sigma)] = sigma**2
     tail = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     return ValueBasis(inverse @ left, tail)
+
+
+def complementary_bases(
+    bases: Sequence[ValueBasis],
+    covariance: np.ndarray,
+    projection: np.ndarray,
+    places: np.ndarray,
+    kept: int,
+) -> list[ValueBasis]:
+    """Bases of all heads for one width, each fitted to what the kept directions of the others leave (METHODS 2.2).
+
+    With T the kept directions of the other heads, block-diagonal, and p a head's rows, what no combination of theirs
+    explains has the covariance C' = C − CT (TᵀCT)⁻¹ TᵀC. The best rank r for the head, given that the projection is
+    solved for again over all heads, are the leading left singular vectors of C'_pp^-½ (C' W)_p: reduced-rank regression
+    on the residual. Each head in turn can only lower the error of the joint refit, so one sweep is taken.
+
+    Args:
+        bases: of each head for itself.
+        covariance: C of the projection's input, all heads, [K, K].
+        projection: W, [K, out].
+        places: rows of each head, [heads, d].
+        kept: r.
+
+    Returns:
+        Bases whose leading r directions are to be kept; `errors` are those given.
+    """
+    found = list(bases)
+    if len(found) < 2 or kept >= places.shape[1]:
+        return found
+    crossed = covariance @ projection
+    for head, rows in enumerate(places):
+        others = [index for index in range(len(found)) if index != head]
+        blocks = [(places[index], found[index].basis[:, :kept]) for index in others]
+        seen = np.concatenate([covariance[:, mine] @ basis for mine, basis in blocks], axis=1)  # CT
+        goal = np.concatenate([basis.T @ crossed[mine] for mine, basis in blocks])  # TᵀCW
+        inner = np.concatenate([basis.T @ seen[mine] for mine, basis in blocks])  # TᵀCT
+        inner[np.diag_indices_from(inner)] += RIDGE * float(np.trace(inner)) / len(inner) + np.finfo(np.float64).tiny
+        solved = solve_positive(inner, np.concatenate([seen[rows].T, goal], axis=1))
+        _, inverse = roots(covariance[np.ix_(rows, rows)] - seen[rows] @ solved[:, : len(rows)])
+        turn, _, _ = np.linalg.svd(inverse @ (crossed[rows] - seen[rows] @ solved[:, len(rows) :]), full_matrices=True)
+        found[head] = replace(found[head], basis=inverse @ turn)
+    return found

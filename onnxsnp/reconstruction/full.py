@@ -21,7 +21,7 @@ from onnxsnp.graph.linear import Linear, neuron_places
 from onnxsnp.graph.paths import shift_blocked_by, straight_from, way_to
 from onnxsnp.graph.residual import ResidualSite, find_residual
 from onnxsnp.planning.plan import GroupPlan, Plan
-from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, pair_basis, value_basis
+from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, complementary_bases, pair_basis, value_basis
 from onnxsnp.reconstruction.gains import PairOrder, group_factors, group_orders, scaled
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable, solve_positive
 from onnxsnp.reconstruction.residual import ResidualRotation, refit_readers
@@ -177,19 +177,19 @@ def rotate_values(
     Returns:
         Weights and biases by name, in their original shapes; what is not kept is zero.
     """
-    linear = site.output
-    updates = _emit(analysis, site.group, site.value, [basis.basis for basis in bases], keep)
+    linear, kept = site.output, keep.shape[1]
     array = analysis.graph.weights[linear.weight]
     full = np.moveaxis(array, linear.inner, 0).astype(np.float64)
     places = neuron_places(analysis.graph, analysis.dependencies, site.group, linear.weight, linear.inner)
-    kept = keep.shape[1]
+    second = _second(moments, linear)
+    bases = complementary_bases(bases, second, full, places, kept)
+    updates = _emit(analysis, site.group, site.value, [basis.basis for basis in bases], keep)
     change = np.zeros((len(full), len(bases) * kept))
     start = np.zeros((len(bases) * kept, full.shape[1]))
     for head, (basis, rows) in enumerate(zip(bases, places, strict=True)):
         new = slice(head * kept, (head + 1) * kept)
         change[rows, new] = basis.basis[:, :kept]
         start[new] = linalg.inv(basis.basis)[:kept] @ full[rows]
-    second = _second(moments, linear)
     inner = change.T @ second @ change
     strength = ridge * float(np.trace(inner)) / len(inner) + np.finfo(np.float64).tiny
     target = change.T @ second @ full + strength * start

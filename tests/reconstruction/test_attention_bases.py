@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxsnp.reconstruction.attention import pair_basis, roots, value_basis
+from onnxsnp.reconstruction.attention import ValueBasis, complementary_bases, pair_basis, roots, value_basis
 
 IMAGES, QUERIES, KEYS, SIZE = 5, 7, 11, 6
 
@@ -183,3 +183,65 @@ def test_values_the_projection_does_not_read_come_last() -> None:
     basis = value_basis(singular, weight)
     assert np.isfinite(basis.basis).all() and basis.errors[SIZE - 3] < 1e-5 * basis.errors[0]
     assert np.isfinite(value_basis(np.zeros_like(covariance), weight).basis).all()
+
+
+def shared_heads(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[ValueBasis]]:
+    """Three heads of four values that say much the same: covariance, projection, places, and each head's own bases."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((500, 5))
+    x = np.concatenate([common @ rng.standard_normal((5, 4)) + 0.3 * rng.standard_normal((500, 4)) for _ in "abc"], 1)
+    covariance, weight = x.T @ x / len(x), rng.standard_normal((12, 7))
+    places = rng.permutation(12).reshape(3, 4)  # heads need not lie one behind the other
+    own = [value_basis(covariance[np.ix_(rows, rows)], weight[rows]) for rows in places]
+    return covariance, weight, places, own
+
+
+def joint_error(
+    covariance: np.ndarray, weight: np.ndarray, places: np.ndarray, bases: list[ValueBasis], kept: int
+) -> float:
+    """Expected squared error of the output when the projection is solved for over all kept directions."""
+    change = np.zeros((len(weight), len(bases) * kept))
+    for head, (rows, basis) in enumerate(zip(places, bases, strict=True)):
+        change[rows, head * kept : (head + 1) * kept] = basis.basis[:, :kept]
+    refit = np.linalg.lstsq(change.T @ covariance @ change, change.T @ covariance @ weight, rcond=None)[0]
+    lost = weight - change @ refit
+    return float(np.trace(lost.T @ covariance @ lost))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_heads_that_take_each_other_into_account_lose_less_together(seed: int, kept: int) -> None:
+    covariance, weight, places, own = shared_heads(seed)
+    together = complementary_bases(own, covariance, weight, places, kept)
+    before, after = (joint_error(covariance, weight, places, bases, kept) for bases in (own, together))
+    assert after < before
+    again = complementary_bases(together, covariance, weight, places, kept)
+    assert joint_error(covariance, weight, places, again, kept) <= after * (1 + 1e-6)
+
+
+def test_the_last_head_has_the_best_directions_given_the_others() -> None:
+    covariance, weight, places, own = shared_heads(0)
+    together = complementary_bases(own, covariance, weight, places, 2)
+    best = joint_error(covariance, weight, places, together, 2)
+    rng = np.random.default_rng(1)
+    for step in np.geomspace(1e-3, 1, 30):
+        other = together[2].basis + step * rng.standard_normal((4, 4))
+        moved = [*together[:2], ValueBasis(other, together[2].errors)]
+        assert joint_error(covariance, weight, places, moved, 2) >= best * (1 - 1e-6)
+
+
+def test_a_repeated_head_gives_way_to_what_the_other_does_not_say() -> None:
+    rng = np.random.default_rng(2)
+    root = np.diag([4.0, 3.0, 2.0, 1.0])
+    covariance = np.kron(np.ones((2, 2)), root) + 1e-9 * np.eye(8)  # the second head is a copy of the first
+    weight, places = np.tile(np.linalg.qr(rng.standard_normal((4, 4)))[0], (2, 1)), np.arange(8).reshape(2, 4)
+    own = [value_basis(root, weight[:4]), value_basis(root, weight[4:])]
+    together = complementary_bases(own, covariance, weight, places, 2)
+    assert joint_error(covariance, weight, places, own, 2) > 1.0
+    assert joint_error(covariance, weight, places, together, 2) < 1e-3
+
+
+def test_heads_without_cut_or_company_keep_their_own_bases() -> None:
+    covariance, weight, places, own = shared_heads(0)
+    assert complementary_bases(own, covariance, weight, places, 4) == own
+    assert complementary_bases(own[:1], covariance, weight, places[:1], 2) == own[:1]
