@@ -102,6 +102,7 @@ def open_session(
     provider: str = "cpu",
     optimize: bool = True,
     prepack: bool = True,
+    arena: bool = True,
     external: Mapping[str, ort.OrtValue] | None = None,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
@@ -112,6 +113,8 @@ def open_session(
         provider: `cpu` or `cuda`.
         optimize: False runs the graph exactly as written (needed when its own nodes are being looked at).
         prepack: False saves the second copy of every matrix that onnxruntime keeps in its own layout.
+        arena: False returns the memory of activations after each run; with many sessions what each keeps is more than
+            the model.
         external: values of initializers that a serialized model declares as external data.
 
     Raises:
@@ -125,6 +128,7 @@ def open_session(
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelError(f"no such model file: {model}", hint="give the path of an .onnx file")
     options = _session_options(threads, optimize)
+    options.enable_cpu_mem_arena = arena
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if external:

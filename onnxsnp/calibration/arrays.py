@@ -50,7 +50,17 @@ class ArraySource:
 
     def load(self, index: int) -> Arrays:
         """One sample by input name, without batch axis."""
-        return {name: array[index] for name, array in self._arrays.items()}
+        return {name: _row(array, index) for name, array in self._arrays.items()}
+
+
+def _row(array: np.ndarray, index: int) -> np.ndarray:
+    """One sample. Of a mapped file it is read: mapped pages would count as memory of the process until the end."""
+    row = array[index]
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous or array.filename is None:
+        return row
+    return np.fromfile(array.filename, array.dtype, row.size, offset=array.offset + index * row.nbytes).reshape(
+        row.shape
+    )
 
 
 def read_array_file(path: Path, specs: Sequence[InputSpec]) -> ArraySource:
@@ -122,7 +132,7 @@ def _checked(
     element: Any, specs: Sequence[InputSpec], where: str, *, single: bool = False
 ) -> tuple[Arrays, np.ndarray | None]:
     """Arrays by input name with a batch axis, and labels, from an array or a dict; `single` allows one sample."""
-    named = dict(element) if isinstance(element, Mapping) else {"": np.asarray(element)}
+    named = dict(element) if isinstance(element, Mapping) else {"": np.asanyarray(element)}
     inputs = {spec.name for spec in specs}
     labels = named.pop(LABELS, None) if LABELS not in inputs else None
     if len(specs) == 1 and len(named) == 1 and specs[0].name not in named:
@@ -131,7 +141,7 @@ def _checked(
         expected = ", ".join(str(spec) for spec in specs)
         got = ", ".join(sorted(name or "one array without a name" for name in named)) or "nothing"
         raise DataError(f"{where} must hold one array per model input: expected {expected}; got {got}")
-    arrays = {spec.name: _fitted(np.asarray(named[spec.name]), spec, where, single) for spec in specs}
+    arrays = {spec.name: _fitted(np.asanyarray(named[spec.name]), spec, where, single) for spec in specs}
     return arrays, None if labels is None else _label_array(np.asarray(labels), where)
 
 

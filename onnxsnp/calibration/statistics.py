@@ -369,7 +369,7 @@ class _Builder:
             shell.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [2, 1]))
         del shell.graph.output[:]
         shell.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.outputs)
-        return Graph(shell, self._graph.nodes, self._graph.weights).timed_session(**crew.opened)
+        return Graph(shell, self._graph.nodes, self._graph.weights).timed_session(**crew.opened, arena=False)
 
     def gram(self, axis: Axis, tokens: Axis) -> _Operand:
         """XᵀX over the token axis, for every index of the other axes."""

@@ -160,14 +160,19 @@ class Graph:
             del model.graph.output[:]
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         shared = {name: array for name, array in self.weights.items() if _is_fed(array) or name in feed}
-        session = open_session(model.SerializeToString(), threads=threads, provider=provider, optimize=optimize)
+        session = open_session(
+            model.SerializeToString(), threads=threads, provider=provider, optimize=optimize, arena=False
+        )
         return SharedSession(session, shared)
 
-    def timed_session(self, *, threads: int | None = None, provider: str = "cpu") -> SharedSession:
+    def timed_session(self, *, threads: int | None = None, provider: str = "cpu", arena: bool = True) -> SharedSession:
         """Open this graph the way a written file runs: weights are constants, which are fused and packed ahead.
 
         A session that is fed its weights (`session`) packs every matrix anew in each run, which takes 10 to 20 % of the
         time of a small model. Here only the packed copies take memory.
+
+        Args:
+            arena: see `open_session`; a deployed model has one.
 
         Raises:
             ModelError: onnxruntime refuses the graph.
@@ -182,7 +187,9 @@ class Graph:
                 external[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
             else:
                 model.graph.initializer.append(to_tensor(array, name))
-        session = open_session(model.SerializeToString(), threads=threads, provider=provider, external=external)
+        session = open_session(
+            model.SerializeToString(), threads=threads, provider=provider, arena=arena, external=external
+        )
         return SharedSession(session, {}, tuple(external.values()))
 
     def opened(self, threads: int | None = None, provider: str = "cpu") -> SharedSession:

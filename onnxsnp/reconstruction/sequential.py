@@ -307,7 +307,7 @@ class _Walk:
                 if not sessions:  # element types are known once there is a sample
                     kinds = {name: array.dtype for name, array in state.items()}
                     part = segment_graph(self._graph, segment, made, kinds)
-                    sessions.append((part.timed_session(**self._opened), part.inputs))
+                    sessions.append((part.timed_session(**self._opened, arena=False), part.inputs))
             session, read = sessions[0]
             values = session.run(made, {name: state[name] for name in read}) if made else []
             return {name: state[name] for name in kept} | dict(zip(made, values, strict=True))
