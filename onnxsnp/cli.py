@@ -161,8 +161,8 @@ def prune(
     scope: Annotated[
         str | None,
         typer.Option(
-            help="What may be cut: qk, v, ffn, residual, channel, separated by commas. Default qk,v,ffn (with a ratios "
-            "file: all it names).",
+            help="What may be cut: qk, v, ffn, head (whole heads), residual, channel, separated by commas. Default "
+            "qk,v,ffn (with a ratios file: all it names).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -177,8 +177,9 @@ def prune(
         str,
         typer.Option(
             help="none: the paper's cut. refit: what reads the cut neurons is refitted by least squares. full: "
-            "attention is rotated (or weighted) before it is cut, and so is the residual stream; FFN neurons go by "
-            "optimal brain surgeon; then all branches are fitted in order, as far as that helps on unseen samples.",
+            "attention is rotated (or weighted) before it is cut, and so is the residual stream; FFN neurons and heads "
+            "go by optimal brain surgeon; then all branches are fitted in order, as far as that helps on unseen "
+            "samples.",
             rich_help_panel=_METHOD,
         ),
     ] = "full",

@@ -225,7 +225,7 @@ class _Run:
         kinds = {group.kind for group in self._scoped(analysis)}
         if kinds == {"residual"}:
             return False  # one width, so nothing to allocate
-        if kinds <= {"qk", "v", "ffn", "residual"}:
+        if kinds <= {"qk", "v", "ffn", "head", "residual"}:
             return True
         self.notes.append("the scope holds groups without error curves: one ratio for all of them")
         return False

@@ -32,7 +32,11 @@ def settings(options: Options, data: Dataset) -> dict[str, Any]:
 
 
 def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) -> dict[str, Any]:
-    """All that is known about a run before anything is cut."""
+    """All that is known about a run before anything is cut.
+
+    Of the groups, heads are listed where some of them go; what lies inside them is given per head, and `heads` counts
+    those of the original.
+    """
     cuts = as_cuts(plan, analysis.groups)
     sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
     kept = {entry.id: entry.kept for entry in plan.groups}
@@ -52,7 +56,7 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
                 "after": kept.get(group.id, group.size),
             }
             for group in analysis.structure.groups
-            if group.kind != "head"
+            if group.kind != "head" or group.id in kept
         ],
         "settings": settings(options, data),
         "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},

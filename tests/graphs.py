@@ -307,6 +307,32 @@ def attention(opset: int = 17, **hooks: Hook) -> onnx.ModelProto:
     return net.proto()
 
 
+def grouped(
+    keys: int = 2, queries: int = 3, qk: int = 4, v: int = 5, width: int = 12, tokens: int = 5, seed: int = 0
+) -> onnx.ModelProto:
+    """Attention in which `queries` query heads share each of `keys` key-value heads, between two projections."""
+    net = Net(seed=seed)
+    x = net.input("x", ["N", tokens, 7])
+    h = net.linear(x, "embed", 7, width)
+
+    def apart(name: str, heads: int, size: int) -> Any:
+        flat = net.linear(h, name, width, heads * size)
+        return net.op("Transpose", net.reshape(flat, 0, tokens, heads, size), perm=[0, 2, 1, 3])
+
+    def repeated(value: Any, size: int) -> Any:
+        wide = net.op("Expand", net.unsqueeze(value, 2), [1, keys, queries, tokens, size])
+        return net.reshape(wide, 0, keys * queries, tokens, size)
+
+    q, k, value = apart("q", keys * queries, qk), apart("k", keys, qk), apart("v", keys, v)
+    k = net.op("Transpose", repeated(k, qk), perm=[0, 1, 3, 2])
+    scores = net.op("MatMul", net.op("Mul", q, float(qk) ** -0.5), k, name="score")
+    mixed = net.op("MatMul", net.op("Softmax", scores, axis=-1), repeated(value, v), name="mix")
+    joined = net.reshape(net.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, tokens, keys * queries * v)
+    h = net.op("Add", h, net.linear(joined, "proj", keys * queries * v, width))
+    net.output(net.linear(net.norm(h, "norm", width), "head", width, 3), ["N", tokens, 3])
+    return net.proto()
+
+
 def mlp(
     *sizes: int, batch: Size = "N", activation: str = "Relu", opset: int = 17, seed: int = 0, bias: bool = True
 ) -> onnx.ModelProto:

@@ -96,7 +96,7 @@ def test_inspect_shows_sites_groups_and_cost(here: Path) -> None:
     assert text.startswith(
         "10.87 k parameters, 190.03 k MACs per sample, 0.1 MB, opset 17, input image batch×3×16×16\n"
     )
-    assert re.search(r"^blocks\.1\.attn +3 +8 +8 +Q–K, V$", text, re.M)
+    assert re.search(r"^blocks\.1\.attn +3 +8 +8 +Q–K, V, heads$", text, re.M)
     assert re.search(r"^ffn\.0 +FFN +40 .* yes$", text, re.M)
 
 
@@ -359,7 +359,7 @@ def test_ratios_out_of_range(here: Path, ratio: str) -> None:
         ((), "no ratio was given; say how much to remove, for example --ratio 0.3"),
         (("-r", "0.3", "--scope", "ff"), "unknown scope 'ff'; did you mean 'ffn'?"),
         (("-r", "0.3", "--scope", ""), "scope"),
-        (("-r", "0.3", "--scope", "head"), "removing whole heads is not available yet"),
+        (("-r", "0.3", "--scope", "heads"), "unknown scope 'heads'; did you mean 'head'?"),
         (("-r", "0.3", "--criterion", "smp"), "unknown criterion 'smp'"),
         (("-r", "0.3", "--compensation", "ful"), "unknown compensation 'ful'"),
         (("-r", "0.3", "--allocation", "unifrom"), "no such allocation: 'unifrom'"),

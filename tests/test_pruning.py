@@ -308,7 +308,7 @@ def zero(values: dict[str, np.ndarray], graph: Any, name: str, axis: int, dead: 
     [
         ({"criterion": "snap"}, "unknown criterion 'snap'"),
         ({"scope": "qk,foo"}, "unknown scope 'foo'"),
-        ({"scope": "head"}, "removing whole heads is not available yet"),
+        ({"scope": "heads"}, "unknown scope 'heads'"),
         ({"ratio": 1.0}, "at least 0 and below 1"),
         ({"ratio": -0.1}, "at least 0 and below 1"),
         ({"ratio": math.nan}, "at least 0 and below 1, got nan"),

@@ -32,6 +32,14 @@ def test_settings_are_plain_data(scope: Any, want: str | None) -> None:
     assert (found["scope"], found["latency_table"], found["seed"], found["ratio"]) == (want, "times.json", 4, 0.3)
 
 
+def test_heads_are_listed_where_some_of_them_go() -> None:
+    analysis = analyse_model(MODEL)
+    plan = Plan("", [graphs.keeping(analysis.groups["head.1"], [[0, 2]])])
+    groups = {group["id"]: group for group in new_record(analysis, plan, Options(0.3), data())["groups"]}
+    assert groups["head.1"] == {"id": "head.1", "kind": "head", "before": 3, "heads": 1, "after": 2}
+    assert "head.0" not in groups and (groups["qk.1"]["heads"], groups["qk.1"]["after"]) == (3, 4)
+
+
 def test_the_record_counts_what_the_cut_model_has() -> None:
     analysis = analyse_model(MODEL)
     plan = Plan("", [graphs.keeping(analysis.groups["ffn.1"], [[0, 1, 2]])])

@@ -20,6 +20,8 @@ from onnxsnp.graph.ir import Graph
 
 KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
 
+_SERVED = "its heads share keys and values with others, and are cut together with these"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -206,13 +208,16 @@ class _Finder:
                 continue
             taken.add(atom)
             groups.append(self._group(f"{kind}.{index}", kind, atom, index, common))
-        beside = {
-            atom for group in groups for weight, axis in group.producers for atom in self.deps.atoms(weight, axis)
-        }
-        for atom in sorted(beside - {group.atom for group in groups}):
+        everywhere = [frozenset(self.deps.atoms(*axis)) for group in groups for axis in group.producers]
+        beside = frozenset().union(*everywhere) - {group.atom for group in groups}
+        shared = beside.intersection(*everywhere)
+        for number, atom in enumerate(sorted(beside, key=lambda atom: (atom not in shared, atom))):
             if atom in self.producers and atom not in taken:
                 taken.add(atom)
-                groups.append(self._group(f"head.{index}", "head", atom, index, ()))
+                name = f"head.{index}" + (f"-{number + 1}" if number else "")
+                head = self._group(name, "head", atom, index, ())
+                served = shared and atom not in shared
+                groups.append(replace(head, reasons=(*head.reasons, _SERVED)) if served else head)
         return groups
 
     def _common(self, atom: int) -> tuple[int, ...]:

@@ -111,3 +111,16 @@ def neuron_places(graph: Graph, dependencies: Dependencies, group: Group, weight
     first = [atoms.index(atom) for atom in (*group.head_atoms, group.atom)]
     order = first + [index for index in range(len(atoms)) if index not in first]
     return view.transpose(order).reshape(group.heads, group.size)
+
+
+def block_places(graph: Graph, dependencies: Dependencies, group: Group, weight: str, axis: int) -> np.ndarray:
+    """Where everything that goes with each of a group's indices lies along a weight axis.
+
+    Of a head group: the neurons of each head, whatever other factors (queries that share a key, say) they have.
+
+    Returns:
+        [size, neurons] indices into the axis.
+    """
+    atoms = dependencies.atoms(weight, axis)
+    view = np.arange(graph.weights[weight].shape[axis]).reshape([dependencies.size(atom) for atom in atoms])
+    return np.moveaxis(view, atoms.index(group.atom), 0).reshape(group.size, -1)

@@ -14,9 +14,9 @@ from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
 
-SCOPES = ("qk", "v", "ffn", "channel", "residual")
+SCOPES = ("qk", "v", "ffn", "head", "channel", "residual")
 DEFAULT_SCOPE = ("qk", "v", "ffn")
-_FILE_KINDS = {"query_key": "qk", "value": "v", "ffn": "ffn", "residual": "residual"}
+_FILE_KINDS = {"query_key": "qk", "value": "v", "ffn": "ffn", "head": "head", "residual": "residual"}
 TOLERANCE = 0.01  # of the asked share
 
 
@@ -28,8 +28,6 @@ def parse_scope(text: str | Sequence[str]) -> tuple[str, ...]:
     """
     names = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
     for name in names:
-        if name == "head":
-            raise PlanError("removing whole heads is not available yet", hint="use qk and v in --scope")
         if name not in SCOPES:
             raise unknown("scope", name, SCOPES)
     if not names:
@@ -55,6 +53,11 @@ def check_ratio(ratio: float) -> float:
     return float(ratio)
 
 
+def step_of(group: Group, multiple: int) -> int:
+    """The multiple that a group's width has to be: `multiple` is about the sizes of layers, not the number of heads."""
+    return 1 if group.kind == "head" else multiple
+
+
 def keep_count(size: int, removed: float, multiple: int = 1) -> int:
     """Neurons that stay when `removed` (a real number) of `size` go: rounded to `multiple`, at least one multiple."""
     if removed <= 0:
@@ -70,7 +73,7 @@ def uniform(groups: Sequence[Group], ratio: float, multiple: int = 1) -> dict[st
     Returns:
         Kept neurons by group id.
     """
-    return {group.id: keep_count(group.size, ratio * group.size, multiple) for group in groups}
+    return {group.id: keep_count(group.size, ratio * group.size, step_of(group, multiple)) for group in groups}
 
 
 def to_cost(
@@ -92,14 +95,15 @@ def to_cost(
     total = cost.total(what)
     target = total * (1 - share)
 
+    steps = {group.id: step_of(group, multiple) for group in groups}
+
+    def count(group: Group, ratio: float) -> int:
+        step = steps[group.id]
+        kept = math.ceil((group.size * (1 - ratio)) / step - 1e-9) * step
+        return min(group.size, max(min(step, group.size), kept))
+
     def counts(ratio: float) -> dict[str, int]:
-        return {
-            group.id: min(
-                group.size,
-                max(min(multiple, group.size), math.ceil((group.size * (1 - ratio)) / multiple - 1e-9) * multiple),
-            )
-            for group in groups
-        }
+        return {group.id: count(group, ratio) for group in groups}
 
     def price(kept: Mapping[str, int]) -> float:
         return cost.total(what, {group.atom: kept[group.id] for group in groups if kept[group.id] < group.size})
@@ -112,7 +116,7 @@ def to_cost(
         middle = (low + high) / 2
         low, high = (middle, high) if price(counts(middle)) > target else (low, middle)
     kept = counts(low)
-    _trim(groups, kept, low, multiple, price, target)
+    _trim(groups, kept, low, steps, price, target)
     return kept
 
 
@@ -135,13 +139,13 @@ def off_target(counts: Mapping[str, int], groups: Mapping[str, Group], cost: Cos
 
 
 def _trim(
-    groups: Sequence[Group], kept: dict[str, int], ratio: float, multiple: int, price: Any, target: float
+    groups: Sequence[Group], kept: dict[str, int], ratio: float, steps: Mapping[str, int], price: Any, target: float
 ) -> None:
     """Take single steps from the groups that rounding left furthest above their share, until the target is met."""
     order = sorted(groups, key=lambda group: kept[group.id] - group.size * (1 - ratio), reverse=True)
     now = price(kept)
     for group in order:
-        step = multiple if kept[group.id] % multiple == 0 else kept[group.id] % multiple
+        step = steps[group.id] if kept[group.id] % steps[group.id] == 0 else kept[group.id] % steps[group.id]
         if now <= target or kept[group.id] - step < 1:
             continue
         kept[group.id] -= step
@@ -156,9 +160,10 @@ def from_file(reference: str, groups: Sequence[Group], multiple: int = 1, scoped
     """Kept neurons from ratios per block and kind.
 
     Args:
-        reference: `FILE` or `FILE:entry`. The file holds lists by kind (`query_key`, `value`, `ffn`, one number for
-            `residual`), possibly several such sets under `models`; or names as in the authors' own files: `matmul_{2i}`
-            for block i's query-key, `matmul_{2i+1}` for its value, `blocks_i_mlp_fc1`, `add_N` for the residual.
+        reference: `FILE` or `FILE:entry`. The file holds lists by kind (`query_key`, `value`, `ffn`, `head`, one number
+            for `residual`), possibly several such sets under `models`; or names as in the authors' own files:
+            `matmul_{2i}` for block i's query-key, `matmul_{2i+1}` for its value, `blocks_i_mlp_fc1`, `add_N` for the
+            residual.
         scoped: ratios of kinds that are not among `groups` are passed over instead of refused.
 
     Raises:
@@ -178,7 +183,7 @@ def from_file(reference: str, groups: Sequence[Group], multiple: int = 1, scoped
             )
         if not 0 <= ratio < 1:
             raise PlanError(f"{reference} gives '{name}' the ratio {ratio}", hint="ratios are at least 0 and below 1")
-        kept[group.id] = keep_count(group.size, ratio * group.size, multiple)
+        kept[group.id] = keep_count(group.size, ratio * group.size, step_of(group, multiple))
     return kept
 
 
@@ -254,6 +259,6 @@ def _by_module(data: Mapping[str, Any], path: str) -> dict[str, float]:
         else:
             raise PlanError(
                 f"{path} names '{name}', which is not a known kind or module",
-                hint="use query_key, value, ffn, residual, or matmul_N, blocks_N_mlp_fc1, add_N",
+                hint="use query_key, value, ffn, head, residual, or matmul_N, blocks_N_mlp_fc1, add_N",
             )
     return ratios

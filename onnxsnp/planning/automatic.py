@@ -2,8 +2,8 @@
 
 Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
 measured by cutting the group alone, and steadied by what its neighbours say. The knapsack over these curves is the
-answer. Residual streams are read by everything; how wide they stay is tried out, each time with the knapsack's answer
-for the rest.
+answer; whole heads and the widths inside them are one item of it (`sites`). Residual streams are read by everything;
+how wide they stay is tried out, each time with the knapsack's answer for the rest.
 
 Refining the knapsack's answer on the joint loss of whole plans was tried and does harm: it lowers the loss of the
 one-shot weights, but what is left after the sequential refit grows. Steadying the sensitivities helps both.
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
-from onnxsnp.planning.allocation import TOLERANCE, too_much
+from onnxsnp.planning.allocation import TOLERANCE, step_of, too_much
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
+from onnxsnp.planning.sites import SiteItem, inside, site_item
 
 ALONE = 16  # samples on which groups are measured alone; whole plans are measured on all there are
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
@@ -57,6 +59,10 @@ class _Item:
     widths: np.ndarray
     losses: np.ndarray
     costs: np.ndarray
+
+    def chosen(self, pick: int) -> list[tuple[Group, int]]:
+        """The group at one of its widths."""
+        return [(self.group, int(self.widths[pick]))]
 
 
 def allocate(
@@ -198,11 +204,27 @@ class _Search:
             share = 1 - (1 - share) * self._cost.total(self._what) / cost.total(self._what)
             if share < 0:
                 raise PlanError("the residual stream alone saves more than was asked")
-        items = [
-            _item(group, self._curves[group.id] * self._scale[group.id], cost, self._what, self._multiple)
-            for group in self.known
-        ]
-        return {**knapsack(items, cost, self._what, share), **self._streams}
+        return {**knapsack(self._items(cost), cost, self._what, share), **self._streams}
+
+    def _items(self, cost: CostModel) -> list[_Item | SiteItem]:
+        """One item per group, or for heads and what lies inside them together."""
+        losses = {group.id: self._curves[group.id] * self._scale[group.id] for group in self.known}
+        found: list[_Item | SiteItem] = []
+        taken: set[str] = set()
+        for heads in (group for group in self.known if group.kind == "head"):
+            members = [group for group in inside(heads, self.known) if group.id not in taken]
+            if members:
+                widths = {group.id: _widths(group, self._multiple) for group in members}
+                curve = partial(self._survivors, heads)
+                found.append(site_item(heads, members, widths, losses[heads.id], curve, cost, self._what))
+                taken.update(group.id for group in (heads, *members))
+        rest = [group for group in self.known if group.id not in taken]
+        return found + [_item(group, losses[group.id], cost, self._what, self._multiple) for group in rest]
+
+    def _survivors(self, heads: Group, group: Group, kept: int) -> np.ndarray:
+        """Losses of a group by width when only some of the heads it lies in stay."""
+        curve = self._selector.curve_of_survivors(group, heads, kept)
+        return (self._curves[group.id] * kept / heads.size if curve is None else curve) * self._scale[group.id]
 
     def _measured(self, counts: Mapping[str, int], samples: int | None = None) -> float:
         value = self._loss(self._selector.entries(counts), samples)
@@ -245,11 +267,17 @@ def _probed(curve: np.ndarray) -> int:
 
 
 def _item(group: Group, losses: np.ndarray, cost: CostModel, what: str, multiple: int) -> _Item:
-    widths = np.unique(np.append(np.arange(min(multiple, group.size), group.size + 1, multiple), group.size))
+    widths = _widths(group, multiple)
     return _Item(group, widths, losses[widths], cost.at_widths(what, group.atom, widths))
 
 
-def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -> dict[str, int]:
+def _widths(group: Group, multiple: int) -> np.ndarray:
+    """The widths a group may have, ascending."""
+    step = step_of(group, multiple)
+    return np.unique(np.append(np.arange(min(step, group.size), group.size + 1, step), group.size))
+
+
+def knapsack(items: Sequence[_Item | SiteItem], cost: CostModel, what: str, share: float) -> dict[str, int]:
     """Widths of least loss at a cost, by Lagrange multiplier and single steps for the rest.
 
     Raises:
@@ -263,8 +291,10 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
         return [len(item.costs) - 1 - int(np.argmin((item.losses + price * item.costs)[::-1])) for item in items]
 
     def spent(picks: Sequence[int]) -> float:
-        sizes = {item.group.atom: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
-        return cost.total(what, sizes)
+        return cost.total(what, {group.atom: width for group, width in widths(picks)})
+
+    def widths(picks: Sequence[int]) -> list[tuple[Group, int]]:
+        return [one for item, pick in zip(items, picks, strict=True) for one in item.chosen(pick)]
 
     least = spent([0] * len(items))
     if least > budget * (1 + 1e-9):
@@ -279,11 +309,15 @@ def knapsack(items: Sequence[_Item], cost: CostModel, what: str, share: float) -
         low, high = (middle, high) if spent(chosen(middle)) > budget else (low, middle)
     picks = chosen(low)
     _step_down(items, picks, spent, budget, 0.9 * TOLERANCE * share * total)
-    return {item.group.id: int(item.widths[pick]) for item, pick in zip(items, picks, strict=True)}
+    return {group.id: width for group, width in widths(picks)}
 
 
 def _step_down(
-    items: Sequence[_Item], picks: list[int], spent: Callable[[Sequence[int]], float], budget: float, slack: float
+    items: Sequence[_Item | SiteItem],
+    picks: list[int],
+    spent: Callable[[Sequence[int]], float],
+    budget: float,
+    slack: float,
 ) -> None:
     """From just above the budget, take the cheapest single steps that do not miss it by more than the slack.
 

@@ -18,7 +18,7 @@ from onnxsnp.evaluation import layers as measuring
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
-from onnxsnp.planning.allocation import keep_count
+from onnxsnp.planning.allocation import keep_count, step_of
 from onnxsnp.planning.latency_table import LatencyTable, LayerTimes, WholeTime, read_table, write_table
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.surgery.apply import apply
@@ -26,7 +26,13 @@ from onnxsnp.surgery.apply import apply
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
-KINDS = ("qk", "v", "ffn", "channel")  # groups with a layer of their own; the residual stream runs through all of them
+KINDS = (
+    "qk",
+    "v",
+    "ffn",
+    "head",
+    "channel",
+)  # groups with a layer of their own; the residual stream runs through all of them
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of all widths, at which the model is timed as a whole
 
 
@@ -60,11 +66,17 @@ def measure_table(
     inputs = measuring.sample_inputs(analysis, seed)
     values = measuring.boundary_values(analysis, distinct.values(), inputs)
     samples = measuring.samples_per_run(analysis)
-    kept = [{one.id: keep_count(one.size, one.size * (1 - share), multiple) for one in groups} for share in SHARES]
+    kept = [
+        {one.id: keep_count(one.size, one.size * (1 - share), step_of(one, multiple)) for one in groups}
+        for share in SHARES
+    ]
     graphs = [analysis.original, *(_narrow(analysis, groups, widths) for widths in kept[1:])]
     rounds = timer([measuring.TimedModel(graph, inputs) for graph in graphs])
     whole = np.median(rounds[:, 0]) * np.median(rounds / rounds[:, :1], axis=0) / samples
-    grid = {name: tuple(measuring.width_grid(layer.group.size, multiple)) for name, layer in distinct.items()}
+    grid = {
+        name: tuple(measuring.width_grid(layer.group.size, step_of(layer.group, multiple)))
+        for name, layer in distinct.items()
+    }
     models = [
         measuring.layer_model(analysis, layer, width, values)
         for name, layer in distinct.items()

@@ -1,8 +1,8 @@
 """Which neurons stay, once it is known how many: by criterion, or where the method allows better, by what it needs.
 
 With full compensation the neurons of a rotated attention or residual group are new combinations, so any places do;
-query-key pairs that can only be weighted, and FFN neurons, are chosen by optimal brain surgeon. Everything else is
-ranked by the criterion.
+query-key pairs that can only be weighted, FFN neurons and whole heads are chosen by optimal brain surgeon. Everything
+else is ranked by the criterion.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.planning.plan import GroupPlan, keep_highest
 from onnxsnp.reconstruction.ffn import Removal, removal_order
 from onnxsnp.reconstruction.full import Reconstruction, Rotations
+from onnxsnp.reconstruction.heads import head_contributions, head_site, site_order
 from onnxsnp.reconstruction.refit import refittable
 from onnxsnp.reconstruction.residual import refittable_readers
 from onnxsnp.scoring.criteria import CRITERIA, score
@@ -66,9 +67,9 @@ def requirements(
     pairs = [group for group in groups if group.kind == "qk"]
     free = [group for group in pairs if group.id not in rotations.pairs and group.id not in gains]
     scored = free if CRITERIA[criterion].needs_qk and not planned else []
-    tensors: list[str] = []
-    if compensation != "none":
-        tensors = sorted({name for group in groups for name in _to_measure(analysis, group, rotations)})
+    ranked = ("head",) if CRITERIA[criterion].needs_qk and not planned else ()
+    measured = [group for group in groups if compensation != "none" or group.kind in ranked]
+    tensors = sorted({name for group in measured for name in _to_measure(analysis, group, rotations)})
     rotated = [group for group in pairs if group.id in rotations.pairs]
     gained = [gains[group.id] for group in pairs if group.id in gains]
     return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors))
@@ -87,7 +88,7 @@ class Selector:
 
     Args:
         criterion: who goes, wherever selection decides.
-        surgeon: FFN neurons are chosen by optimal brain surgeon instead of the criterion.
+        surgeon: FFN neurons and heads are chosen by optimal brain surgeon instead of the criterion.
         statistics: what `requirements` asked for.
         reconstruction: knows which groups are rotated, and which pairs of a weighted group go first.
     """
@@ -133,6 +134,23 @@ class Selector:
             return np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
         return None
 
+    def curve_of_survivors(self, group: Group, heads: Group, kept: int) -> np.ndarray | None:
+        """`curve` of a query-key or value group when of the heads that its neurons belong to only the best stay.
+
+        What the heads that stay take over from the others is not in it.
+
+        Args:
+            heads: a group with a curve whose factor is among the group's head factors.
+            kept: how many stay.
+        """
+        if not (self._reconstruction.rotates(group) or self._reconstruction.weighs(group)):
+            return None
+        sizes = [self._analysis.dependencies.size(atom) for atom in group.head_atoms]
+        which = np.unravel_index(np.arange(group.heads), sizes)[group.head_atoms.index(heads.atom)]
+        stay = np.isin(which, self._keep(heads, kept)[0])
+        errors: np.ndarray = self._reconstruction.errors_by_head(group)[stay].sum(axis=0)
+        return errors
+
     def curves(self, groups: Sequence[Group]) -> dict[str, np.ndarray]:
         """The curves of all groups that have one, by group id."""
         # optimal brain surgeon takes seconds for a wide layer, and more BLAS threads do not shorten it much
@@ -141,10 +159,11 @@ class Selector:
         return {name: curve for name, curve in found.items() if curve is not None}
 
     def removal(self, group: Group) -> Removal:
-        """The order in which an FFN's neurons go."""
+        """The order in which an FFN's neurons, or the heads of a site, go."""
         if group.id not in self._removals:
+            surgeon = _head_surgeon if group.kind == "head" else _surgeon
             with single_threaded():
-                self._removals[group.id] = _surgeon(self._analysis, group, self._statistics)
+                self._removals[group.id] = surgeon(self._analysis, group, self._statistics)
         return self._removals[group.id]
 
     def _keep(self, group: Group, kept: int) -> list[list[int]]:
@@ -159,18 +178,30 @@ class Selector:
         if group.id not in self._scores:
             analysis = self._analysis
             qk = self._statistics.qk.get(group.id)
-            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk)
+            refits, moments = self._reconstruction.refits, self._statistics.moments
+            added = head_contributions(analysis, group, moments, refitted=refits) if group.kind == "head" else None
+            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk, added)
             rng = np.random.default_rng([self._seed, *group.id.encode()])  # the same whatever was asked for before
             self._scores[group.id] = score(self._criterion, target, rng=rng)
         return keep_highest(self._scores[group.id], kept)
 
     def _by_surgeon(self, group: Group) -> bool:
-        """Whether optimal brain surgeon chooses: for an FFN whose neurons are all that its readers read."""
+        """Whether optimal brain surgeon chooses: for an FFN whose neurons are all that its readers read, and heads."""
+        if self._surgeon and group.kind == "head":
+            return head_site(self._analysis, group) is not None
         if not self._surgeon or group.kind != "ffn":
             return False
         readers = refittable(group, self._analysis.linears)
         weights = self._analysis.graph.weights
         return bool(readers) and all(weights[one.weight].shape[one.inner] == group.size for one in readers)
+
+
+def _head_surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Removal:
+    """All but one head of a site in the order in which optimal brain surgeon removes them."""
+    site = head_site(analysis, group)
+    if site is None:
+        raise ValueError(f"the heads of '{group.id}' are not read by exactly one projection")
+    return site_order(analysis, site, statistics.moments[site.output.data])
 
 
 def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Removal:

@@ -7,6 +7,7 @@ decides which neurons (or directions) fill them, and with which weights.
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from onnxsnp.graph.residual import ResidualSite, find_residual
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.reconstruction.attention import PairBasis, ValueBasis, complementary_bases, pair_basis, value_basis
 from onnxsnp.reconstruction.gains import PairOrder, group_factors, group_orders, scaled
+from onnxsnp.reconstruction.heads import after_heads, heads_cut_with
 from onnxsnp.reconstruction.refit import RIDGE, refit_consumers, refittable, solve_positive
 from onnxsnp.reconstruction.residual import ResidualRotation, refit_readers
 from onnxsnp.surgery.rewrite import Cut
@@ -246,7 +248,12 @@ class Reconstruction:
         self._pairs: dict[str, list[PairBasis]] = {}
         self._values: dict[str, list[ValueBasis]] = {}
         self._residuals: dict[str, ResidualRotation] = {}
-        self._last: dict[str, tuple[list[list[int]], dict[str, np.ndarray]]] = {}
+        self._last: dict[str, tuple[list[list[list[int]]], dict[str, np.ndarray]]] = {}
+
+    @property
+    def refits(self) -> bool:
+        """Whether what reads cut neurons is fitted to what is left of them."""
+        return self._compensation != "none"
 
     def rotates(self, group: Group) -> bool:
         """Whether a group's neurons are new combinations, so that any places do."""
@@ -271,10 +278,14 @@ class Reconstruction:
         """
         if group.id in self.rotations.residuals:
             return self._residual(group.id).basis.errors
+        return np.sum(self.errors_by_head(group), axis=0)
+
+    def errors_by_head(self, group: Group) -> np.ndarray:
+        """Squared error by width of a rotated or weighted attention group, [heads, size + 1]."""
         if self.weighs(group):
-            return np.sum([head.errors for head in self.orders(group)], axis=0)
+            return np.stack([head.errors for head in self.orders(group)])
         bases = self._pair_bases(group.id) if group.id in self.rotations.pairs else self._value_bases(group.id)
-        return np.sum([basis.errors for basis in bases], axis=0)
+        return np.stack([basis.errors for basis in bases])
 
     def weights(self, plan: Plan) -> dict[str, np.ndarray]:
         """New weights by name, in their original shapes, zero where something is cut."""
@@ -282,13 +293,19 @@ class Reconstruction:
         if self._compensation == "none":
             return updates
         cut = [entry for entry in plan.groups if entry.kept < entry.size]
-        inner = [entry for entry in cut if entry.kind != "residual"]
-        stale = [entry for entry in inner if self._last.get(entry.id, (None,))[0] != entry.keep]
+        groups = self._analysis.groups
+        heads = {entry.id: heads_cut_with(groups[entry.id], cut, groups) for entry in cut}
+        joint = {head.id for with_values in heads.values() for head in with_values}
+        inner = [entry for entry in cut if entry.kind != "residual" and entry.id not in joint]
+        asked = {entry.id: [one.keep for one in (entry, *heads[entry.id])] for entry in inner}
+        stale = [entry for entry in inner if self._last.get(entry.id, (None,))[0] != asked[entry.id]]
         # groups share nothing, and a solve of this size gains more from a core of its own than from BLAS threads
         with single_threaded(), ThreadPoolExecutor(max_workers=available_cores()) as pool:
             fresh = {
-                entry.id: (entry.keep, made)
-                for entry, made in zip(stale, pool.map(self._group_weights, stale), strict=True)
+                entry.id: (asked[entry.id], made)
+                for entry, made in zip(
+                    stale, pool.map(lambda entry: self._group_weights(entry, heads[entry.id]), stale), strict=True
+                )
             }
         self._last = {entry.id: fresh.get(entry.id) or self._last[entry.id] for entry in inner}
         for entry in sorted(inner, key=lambda entry: entry.id in self.gains):
@@ -318,8 +335,12 @@ class Reconstruction:
         group = self._analysis.groups[entry.id]
         return refit_readers(self._analysis, group, keep, self._statistics.moments, updates)
 
-    def _group_weights(self, entry: GroupPlan) -> dict[str, np.ndarray]:
-        """New weights by name; of a group that is weighted, factors for them."""
+    def _group_weights(self, entry: GroupPlan, heads: Sequence[GroupPlan] = ()) -> dict[str, np.ndarray]:
+        """New weights by name; of a group that is weighted, factors for them.
+
+        Args:
+            heads: for values, the cut of the heads they belong to.
+        """
         analysis, moments = self._analysis, self._statistics.moments
         keep = np.asarray(entry.keep)
         if entry.id in self.gains:
@@ -328,10 +349,18 @@ class Reconstruction:
             return rotate_pairs(analysis, self.rotations.pairs[entry.id], self._pair_bases(entry.id), keep)
         if entry.id in self.rotations.values:
             site = self.rotations.values[entry.id]
-            return rotate_values(analysis, site, self._value_bases(entry.id), keep, moments[site.output.data])
-        group = analysis.groups[entry.id]
-        cut = {group.id: Cut(group.atom, group.head_atoms, keep)}
-        return refit_consumers(analysis.graph, analysis.dependencies, [group], cut, analysis.linears, moments)
+            held = moments[site.output.data]
+            if not heads:
+                return rotate_values(analysis, site, self._value_bases(entry.id), keep, held)
+            for head in heads:
+                analysis, held = after_heads(analysis, site.output, analysis.groups[head.id], head.keep[0], held)
+            return rotate_values(analysis, site, value_bases(analysis, site, held), keep, held)
+        groups = [analysis.groups[one.id] for one in (entry, *heads)]
+        cuts = {
+            group.id: Cut(group.atom, group.head_atoms, np.asarray(one.keep))
+            for group, one in zip(groups, (entry, *heads), strict=True)
+        }
+        return refit_consumers(analysis.graph, analysis.dependencies, groups, cuts, analysis.linears, moments)
 
     def _residual(self, name: str) -> ResidualRotation:
         if name not in self._residuals:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 _KIND_NAMES = {"qk": "Q–K", "v": "V", "ffn": "FFN", "head": "heads", "channel": "channels", "residual": "residual"}
-_COLUMNS = ("qk", "v", "ffn")
+_COLUMNS = ("head", "qk", "v", "ffn")
 
 
 def count(value: float) -> str:
@@ -33,7 +33,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
     if data["sites"]:
         table = _table("attention site", "heads", "Q–K size", "V size", "can be cut")
         for site in data["sites"]:
-            able = ", ".join(_KIND_NAMES[kind] for kind in ("qk", "v") if site["prunable"][kind]) or "nothing"
+            able = ", ".join(_KIND_NAMES[kind] for kind in ("qk", "v", "head") if site["prunable"][kind]) or "nothing"
             table.add_row(_plain(site["name"]), str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
         console.print(table)
     else:
@@ -89,8 +89,10 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
     """One row per block, one column per kind; groups that belong to no block get a table of their own."""
     cells: dict[int, dict[str, str]] = {}
     others = []
+    left = {group["id"].rpartition(".")[2]: group["after"] for group in groups if group["kind"] == "head"}
     for group in groups:
-        text = _change(group)
+        inside = group["kind"] in ("qk", "v")
+        text = _change(group, left.get(group["id"].rpartition(".")[2]) if inside else None)
         number = group["id"].rpartition(".")[2]
         if group["kind"] in _COLUMNS and number.isdigit():
             cells.setdefault(int(number), {})[group["kind"]] = text
@@ -109,11 +111,12 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
-def _change(group: Mapping[str, Any]) -> str:
-    heads = f"{group['heads']}×" if group["heads"] > 1 else ""
-    if group["before"] == group["after"]:
-        return f"{heads}{group['before']}"
-    return f"{heads}{group['before']} → {heads}{group['after']}"
+def _change(group: Mapping[str, Any], left: int | None) -> str:
+    """The size of a group before and after; `left` of its heads stay (all, if None)."""
+    before, after = (f"{heads}×" if group["heads"] > 1 else "" for heads in (group["heads"], left or group["heads"]))
+    if (group["before"], before) == (group["after"], after):
+        return f"{before}{group['before']}"
+    return f"{before}{group['before']} → {after}{group['after']}"
 
 
 def _before_after(record: Mapping[str, Any]) -> Table:

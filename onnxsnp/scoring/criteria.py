@@ -15,7 +15,7 @@ from onnxsnp.errors import PlanError
 from onnxsnp.scoring.magnitude import geometric_median_scores, l2_scores, random_scores
 from onnxsnp.scoring.redundancy import redundancy_scores
 
-KINDS = ("qk", "v", "ffn", "residual")
+KINDS = ("qk", "v", "ffn", "head", "residual")
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class ScoringTarget:
     """What one group of neurons offers for scoring.
 
     Attributes:
-        kind: "qk", "v", "ffn" or "residual".
-        heads: number of heads; 1 for ffn and residual.
-        size: neurons per head.
+        kind: "qk", "v", "ffn", "head" or "residual".
+        heads: number of heads; 1 for ffn, head and residual.
+        size: neurons per head; for head: heads.
         filters: for each coupled producing layer an array [heads * size, fan_in], heads outermost, the bias as a last
-            column where there is one; the fan_in may differ. For qk: of the query and of the key layer.
+            column where there is one; the fan_in may differ. For qk: of the query and of the key layer. For head:
+            [size * neurons, fan_in], where the number of neurons of a head may differ between layers.
         dead: bool [heads, size], neurons whose weights are all zero.
         qk: float [heads, size], eq. 4-6 summed over the images (snp.qk_scores); needed by snp and reverse for qk.
+        contribution: float [1, size], what each head adds to the output (heads.contributions); for head.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class ScoringTarget:
     filters: tuple[np.ndarray, ...]
     dead: np.ndarray
     qk: np.ndarray | None = None
+    contribution: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Criterion:
     Attributes:
         scores: (target, rng) -> float [heads, size], the lowest go first; dead neurons are handled by `score`.
         summary: one line for people.
-        needs_qk: whether it reads target.qk, so that calibration has to measure it.
+        needs_qk: whether it reads target.qk and target.contribution, so that calibration has to measure them.
     """
 
     scores: Callable[[ScoringTarget, np.random.Generator], np.ndarray]
@@ -79,7 +82,12 @@ def score(criterion: str, target: ScoringTarget, *, rng: np.random.Generator) ->
 
 
 def _snp(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
-    """The paper: eq. 4-6 for query-key pairs; eq. 7 else, over all filters of a layer whatever head they belong to."""
+    """The paper: eq. 4-6 for query-key pairs; eq. 7 else, over all filters of a layer whatever head they belong to.
+
+    Whole heads, for which it has no formula: what they add to the output; by length where that is not known.
+    """
+    if target.kind == "head":
+        return target.contribution if target.contribution is not None else _per_head(l2_scores, target)
     if target.kind != "qk":
         return _summed(redundancy_scores, target.filters)
     if target.qk is None:
@@ -96,7 +104,9 @@ def _reverse(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
 
 
 def _l2(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
-    """Lengths; for query-key pairs the length of the query filter plus that of the key filter."""
+    """Lengths; for query-key pairs the length of the query filter plus that of the key filter, for heads of all."""
+    if target.kind == "head":
+        return _per_head(l2_scores, target)
     return _summed(l2_scores, target.filters)
 
 
@@ -104,8 +114,10 @@ def _gm(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
     """Distances to the other filters of the layer; for query-key pairs only to those of the same head.
 
     A pair competes with the pairs of its own head alone. The score of a pair is that of its query filter plus that of
-    its key filter.
+    its key filter; that of a head is the sum over all its filters.
     """
+    if target.kind == "head":
+        return _per_head(geometric_median_scores, target)
     if target.kind != "qk":
         return _summed(geometric_median_scores, target.filters)
     heads = [layer.reshape(target.heads, target.size, -1) for layer in target.filters]
@@ -132,18 +144,25 @@ def _summed(
     return np.sum([scores(layer) for layer in layers], axis=0)
 
 
+def _per_head(scores: Callable[[np.ndarray], np.ndarray], target: ScoringTarget) -> np.ndarray:
+    """Per-layer scores summed over the filters of each head."""
+    return np.sum([scores(layer).reshape(target.size, -1).sum(axis=1) for layer in target.filters], axis=0)
+
+
 def _check(target: ScoringTarget) -> None:
     if target.kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {target.kind!r}")
-    if target.kind in ("ffn", "residual") and target.heads != 1:
+    if target.kind in ("ffn", "head", "residual") and target.heads != 1:
         raise ValueError(f"a {target.kind} group has no heads, got heads={target.heads}")
     if not target.filters or (target.kind == "qk" and len(target.filters) < 2):
         raise ValueError(f"a {target.kind} group came with the filters of {len(target.filters)} layers")
     shape = (target.heads, target.size)
-    for name, array in (("dead", target.dead), ("qk", target.qk)):
+    for name, array in (("dead", target.dead), ("qk", target.qk), ("contribution", target.contribution)):
         if array is not None and array.shape != shape:
             raise ValueError(f"expected {name} {list(shape)}, got {list(array.shape)}")
     for layer in target.filters:
+        if target.kind == "head" and layer.ndim == 2 and layer.size and len(layer) % target.size == 0:
+            continue
         if layer.ndim != 2 or len(layer) != target.heads * target.size:
             raise ValueError(f"expected filters [{target.heads * target.size}, fan_in], got {list(layer.shape)}")
 

@@ -52,6 +52,26 @@ def test_producers_and_consumers_are_the_projections_on_either_side() -> None:
     assert found["ffn.0"].consumers == (("/blocks.0/mlp/fc2.w", 0),)
 
 
+def test_query_heads_that_share_keys_and_values_are_cut_with_these() -> None:
+    found = analyse_model(graphs.grouped(keys=2, queries=3, qk=4, v=5)).groups
+    assert {name: (group.kind, group.size, group.heads) for name, group in found.items() if group.site == 0} == {
+        "qk.0": ("qk", 4, 2),
+        "v.0": ("v", 5, 2),
+        "head.0": ("head", 2, 1),
+        "head.0-2": ("head", 3, 1),
+    }
+    shared, served = found["head.0"], found["head.0-2"]
+    assert {weight for weight, _ in shared.producers} == {"q.w", "k.w", "v.w"} and shared.prunable
+    assert {weight for weight, _ in served.producers} == {"q.w"}
+    assert "share keys and values" in served.reasons[0] and not served.prunable
+
+
+def test_query_heads_of_the_only_key_and_value_can_go_on_their_own() -> None:
+    found = analyse_model(graphs.grouped(keys=1, queries=3)).groups
+    heads = [group for group in found.values() if group.kind == "head"]
+    assert [(group.id, group.size, group.prunable) for group in heads] == [("head.0", 3, True)]
+
+
 def test_both_projections_of_a_gated_ffn_are_one_group() -> None:
     found = groups_of(blocks=1, gate="pair")
     assert {weight for weight, _ in found["ffn.0"].producers} == {"/blocks.0/mlp/fc1.w", "/blocks.0/mlp/up.w"}

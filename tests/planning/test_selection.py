@@ -196,7 +196,7 @@ def test_curves_exist_where_there_is_a_closed_form(analysis: Analysis, statistic
     for group in analysis.structure.groups:
         assert plain.curve(group) is None
         curve = full.curve(group)
-        assert (curve is None) == (group.id == "qk.0" or group.kind == "head")
+        assert (curve is None) == (group.id == "qk.0")
         if curve is not None:
             assert curve.shape == (group.size + 1,) and (np.diff(curve[1:]) <= 1e-12).all()
         if group.id in ("qk.1", "v.0", "v.1", "residual"):

@@ -71,6 +71,18 @@ def test_widths_stand_under_their_kind_and_the_rest_apart() -> None:
     assert [line.split() for line in lines[2:4]] == [["group", "size"], ["residual", "192", "→", "160"]]
 
 
+def test_where_heads_go_their_number_stands_before_and_after() -> None:
+    groups = [
+        *(group(f"qk.{block}", "qk", 64, 32, 3) for block in range(2)),
+        *(group(f"v.{block}", "v", 64, 64, 3) for block in range(2)),
+        group("head.1", "head", 3, 2),
+    ]
+    rows = [line.split() for line in shown(terminal.pruning, record(groups=groups)).splitlines()[:3]]
+    assert rows[0] == ["block", "heads", "Q–K", "V"]
+    assert rows[1] == ["0", "–", "3×64", "→", "3×32", "3×64"]
+    assert rows[2] == ["1", "3", "→", "2", "3×64", "→", "2×32", "3×64", "→", "2×64"]
+
+
 def test_kinds_that_a_model_lacks_get_no_column() -> None:
     text = shown(terminal.pruning, record(groups=[group("ffn.0", "ffn", 16, 11)]))
     assert text.splitlines()[0].split() == ["block", "FFN"]
@@ -155,7 +167,7 @@ def test_inspection_lists_sites_groups_and_what_is_left_alone() -> None:
     text = shown(terminal.inspection, data)
     assert "10.87 k parameters, 190.03 k MACs per sample" in text and "batch×3×16×16" in text
     row = next(line for line in text.splitlines() if line.startswith("blocks.0[x].attn"))
-    assert row.split() == ["blocks.0[x].attn", "3", "8", "–", "Q–K"]  # whole heads cannot be cut yet
+    assert row.split() == ["blocks.0[x].attn", "3", "8", "–", "Q–K,", "heads"]
     assert "ffn.0" in text and "qk.0" not in text and "/soft[max]: its scores are no product" in text
     assert "no attention site found" in shown(terminal.inspection, {**data, "sites": []})
 
