@@ -169,7 +169,9 @@ def prune(
     criterion: Annotated[
         str,
         typer.Option(
-            help="Who goes, wherever selection decides (none and refit: everywhere): snp, l2, gm, random, reverse.",
+            help="Who goes, wherever selection decides (none and refit: everywhere): snp, l2, gm, random, reverse, "
+            "multihead (arXiv 2405.20867 without training: change of the attention, or of the output, without the "
+            "neuron, times its dissimilarity to others of its head).",
             rich_help_panel=_METHOD,
         ),
     ] = "snp",

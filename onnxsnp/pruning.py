@@ -16,6 +16,7 @@ import onnx
 
 from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.batches import chain, first, proof_feeds, split
+from onnxsnp.calibration.changes import IMAGES, AttentionChange, measure_changes
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
@@ -25,6 +26,7 @@ from onnxsnp.evaluation.layers import local_timer
 from onnxsnp.evaluation.verify import Verification, prove
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, graph_inputs
+from onnxsnp.graph.probabilities import AttentionPath
 from onnxsnp.model import Model, give_back, whole_file
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
@@ -38,6 +40,7 @@ from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.record import new_record, settings
 from onnxsnp.refinement import refine
 from onnxsnp.runtime import InputSpec
+from onnxsnp.scoring.criteria import CRITERIA
 from onnxsnp.surgery.apply import Applied, apply
 from onnxsnp.timing import time_both
 from onnxsnp.verbs import choose_preprocess, class_names
@@ -366,7 +369,31 @@ class _Run:
                     provider=options.provider,
                     progress=lambda done: self.progress("calibrate", done, seen),
                 )
+        if needed.changed:
+            with self.stage("drop channels"):
+                statistics.changes = self._changes(analysis, data, needed.changed, seen)
+        if CRITERIA[options.criterion].by_change and needed.scored:
+            names = ", ".join(group.id for group in needed.scored)
+            self.notes.append(
+                f"{names}: no softmax of its own to watch, so ranked by snp instead of {options.criterion}"
+            )
         return statistics, held, sample
+
+    def _changes(
+        self, analysis: Analysis, data: Dataset, paths: Mapping[str, AttentionPath], seen: int
+    ) -> dict[str, AttentionChange]:
+        """What the attention loses without each channel, on the first samples."""
+        images = min(IMAGES, seen)
+        return measure_changes(
+            analysis.graph,
+            analysis.dependencies,
+            paths,
+            analysis.groups,
+            first(data, images),
+            threads=self.options.threads,
+            provider=self.options.provider,
+            progress=lambda done: self.progress("drop channels", done, images),
+        )
 
     def _loss(self, analysis: Analysis, reconstruction: Reconstruction, unseen: list[Batch]) -> Loss | None:
         """What measures plans on samples the fit has not seen; None without full compensation, or such samples."""

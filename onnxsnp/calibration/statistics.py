@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -31,6 +31,9 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.parallel import Crew
 from onnxsnp.scoring.snp import qk_scores
+
+if TYPE_CHECKING:
+    from onnxsnp.calibration.changes import AttentionChange
 
 _WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
 _WIDE, _BANDS = 256, 4  # second moments of activations this wide are computed in so many bands
@@ -88,6 +91,7 @@ class Statistics:
         qk: by group id, the scores of SNP eq. 4-6 summed over the images, [heads, size].
         pairs: by group id, moments of queries and keys.
         overlaps: by group id, moments of the pairs' contributions, with the heads of the group's `GainSite`.
+        changes: by group id, what the attention loses without each channel.
         moments: by tensor name.
         samples: images (or sequences) seen.
     """
@@ -96,6 +100,7 @@ class Statistics:
     pairs: dict[str, PairMoments] = field(default_factory=dict)
     overlaps: dict[str, Overlap] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
+    changes: dict[str, AttentionChange] = field(default_factory=dict)
     samples: int = 0
 
 
@@ -322,22 +327,31 @@ def _add_overlap(
 
 
 def _by_head(group: Group, dependencies: Dependencies, gram: np.ndarray, operand: _Operand) -> np.ndarray:
-    """Grams [.., d, d] or means [.., d] as [images, heads, ...], whatever axes batch and heads shared."""
+    """Grams [.., d, d] or means [.., d] as [images, heads, ...]."""
+    return by_head(group, dependencies, gram, operand.others)
+
+
+def by_head(group: Group, dependencies: Dependencies, array: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """An array whose first axes are some of a tensor's as [images, heads, ...], whatever axes batch and heads shared.
+
+    Args:
+        axes: the tensor's axes that the first of the array are; all but the group's heads become images.
+    """
     labels: list[int | None] = []
     shape: list[int] = []
-    for index, axis in enumerate(operand.others):
+    for index, axis in enumerate(axes):
         atoms = dependencies.factors.atoms(axis)
         sizes = [dependencies.size(atom) for atom in atoms]
         loose = next((at for at, atom in enumerate(atoms) if atom not in group.head_atoms), None)
         if loose is not None:  # the batch may be larger or smaller than in the analysis; the heads are not
-            sizes[loose] = gram.shape[index] // int(np.prod(sizes[:loose] + sizes[loose + 1 :]))
+            sizes[loose] = array.shape[index] // int(np.prod(sizes[:loose] + sizes[loose + 1 :]))
         labels.extend(atoms or (None,))
-        shape.extend(sizes or [gram.shape[index]])
+        shape.extend(sizes or [array.shape[index]])
     heads = [labels.index(atom) for atom in group.head_atoms]
     images = [index for index in range(len(labels)) if index not in heads]
-    own = gram.shape[len(operand.others) :]
+    own = array.shape[len(axes) :]
     last = range(len(labels), len(labels) + len(own))
-    view = gram.reshape(*shape, *own).transpose(*images, *heads, *last)
+    view = array.reshape(*shape, *own).transpose(*images, *heads, *last)
     return view.reshape(-1, group.heads, *own)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +18,15 @@ from onnxsnp.blas import available_cores, single_threaded
 from onnxsnp.calibration.statistics import Statistics
 from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
+from onnxsnp.graph.probabilities import AttentionPath, find_path
 from onnxsnp.planning.plan import GroupPlan, keep_highest
+from onnxsnp.reconstruction.channels import changes
 from onnxsnp.reconstruction.ffn import Removal, removal_order
 from onnxsnp.reconstruction.full import Reconstruction, Rotations
 from onnxsnp.reconstruction.heads import head_contributions, head_site, site_order
 from onnxsnp.reconstruction.refit import refittable
 from onnxsnp.reconstruction.residual import refittable_readers
-from onnxsnp.scoring.criteria import CRITERIA, score
+from onnxsnp.scoring.criteria import CRITERIA, ScoringTarget, score
 from onnxsnp.scoring.targets import dead_neurons, scoring_target
 
 if TYPE_CHECKING:
@@ -42,15 +44,18 @@ class Requirements:
         rotated: query-key groups that need moments of queries and keys.
         gained: query-key groups that need the overlap of their pairs.
         tensors: activations whose second moments are needed.
+        changed: by id, query-key groups of which is needed what the attention loses without each pair.
     """
 
     scored: tuple[Group, ...]
     rotated: tuple[Group, ...]
     gained: tuple[GainSite, ...]
     tensors: tuple[str, ...]
+    changed: Mapping[str, AttentionPath] = field(default_factory=dict)
 
     @property
     def nothing(self) -> bool:
+        """Whether moments and scores need no pass over the data (`changed` has a pass of its own)."""
         return not (self.scored or self.rotated or self.gained or self.tensors)
 
 
@@ -66,13 +71,25 @@ def requirements(
     gains = analysis.gains if compensation == "full" else {}
     pairs = [group for group in groups if group.kind == "qk"]
     free = [group for group in pairs if group.id not in rotations.pairs and group.id not in gains]
-    scored = free if CRITERIA[criterion].needs_qk and not planned else []
-    ranked = ("head",) if CRITERIA[criterion].needs_qk and not planned else ()
+    ranking = CRITERIA[criterion] if not planned else None
+    changed = _paths(analysis, free) if ranking is not None and ranking.by_change else {}
+    scored = [group for group in free if group.id not in changed] if ranking is not None and ranking.needs_qk else []
+    ranked = ["head"] if ranking is not None and ranking.needs_qk else []
+    ranked += ["v", "ffn"] if ranking is not None and ranking.by_change else []
     measured = [group for group in groups if compensation != "none" or group.kind in ranked]
     tensors = sorted({name for group in measured for name in _to_measure(analysis, group, rotations)})
     rotated = [group for group in pairs if group.id in rotations.pairs]
     gained = [gains[group.id] for group in pairs if group.id in gains]
-    return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors))
+    return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors), changed)
+
+
+def _paths(analysis: Analysis, groups: Sequence[Group]) -> dict[str, AttentionPath]:
+    """By id, the way from score product to softmax of those groups where there is one."""
+    sites = analysis.structure.sites
+    found = {
+        group.id: find_path(group, sites[group.site or 0], analysis.graph, analysis.dependencies) for group in groups
+    }
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _to_measure(analysis: Analysis, group: Group, rotations: Rotations) -> list[str]:
@@ -176,14 +193,22 @@ class Selector:
             cut = {int(index) for index in self.removal(group).order[: group.size - kept]}
             return [sorted(set(range(group.size)) - cut)]
         if group.id not in self._scores:
-            analysis = self._analysis
-            qk = self._statistics.qk.get(group.id)
-            refits, moments = self._reconstruction.refits, self._statistics.moments
-            added = head_contributions(analysis, group, moments, refitted=refits) if group.kind == "head" else None
-            target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk, added)
             rng = np.random.default_rng([self._seed, *group.id.encode()])  # the same whatever was asked for before
-            self._scores[group.id] = score(self._criterion, target, rng=rng)
+            self._scores[group.id] = score(self._criterion, self._target(group), rng=rng)
         return keep_highest(self._scores[group.id], kept)
+
+    def _target(self, group: Group) -> ScoringTarget:
+        """What the criterion reads of a group."""
+        analysis, statistics = self._analysis, self._statistics
+        qk, refits = statistics.qk.get(group.id), self._reconstruction.refits
+        target = scoring_target(analysis.graph, analysis.dependencies, group, analysis.linears, qk)
+        if group.kind == "head":
+            added = head_contributions(analysis, group, statistics.moments, refitted=refits)
+            return target if added is None else replace(target, contribution=added.reshape(1, -1))
+        if CRITERIA[self._criterion].by_change:
+            change, overlap = changes(analysis, group, statistics, refitted=refits)
+            return replace(target, change=change, overlap=overlap)
+        return target
 
     def _by_surgeon(self, group: Group) -> bool:
         """Whether optimal brain surgeon chooses: for an FFN whose neurons are all that its readers read, and heads."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxsnp.errors import PlanError
 from onnxsnp.scoring.magnitude import geometric_median_scores, l2_scores, random_scores
+from onnxsnp.scoring.multihead import channel_scores
 from onnxsnp.scoring.redundancy import redundancy_scores
 
 KINDS = ("qk", "v", "ffn", "head", "residual")
@@ -32,6 +33,8 @@ class ScoringTarget:
         dead: bool [heads, size], neurons whose weights are all zero.
         qk: float [heads, size], eq. 4-6 summed over the images (snp.qk_scores); needed by snp and reverse for qk.
         contribution: float [1, size], what each head adds to the output (heads.contributions); for head.
+        change, overlap: float [heads, size] and [heads, size, size], of qk, v and ffn for multihead: what happens
+            without each neuron, and the scalar products of what they add (multihead.channel_scores).
     """
 
     kind: str
@@ -41,6 +44,8 @@ class ScoringTarget:
     dead: np.ndarray
     qk: np.ndarray | None = None
     contribution: np.ndarray | None = None
+    change: np.ndarray | None = None
+    overlap: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class Criterion:
         scores: (target, rng) -> float [heads, size], the lowest go first; dead neurons are handled by `score`.
         summary: one line for people.
         needs_qk: whether it reads target.qk and target.contribution, so that calibration has to measure them.
+        by_change: whether it reads target.change and target.overlap where these can be measured.
     """
 
     scores: Callable[[ScoringTarget, np.random.Generator], np.ndarray]
     summary: str
     needs_qk: bool = False
+    by_change: bool = False
 
 
 def score(criterion: str, target: ScoringTarget, *, rng: np.random.Generator) -> np.ndarray:
@@ -128,12 +135,23 @@ def _random(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
     return random_scores(target.heads * target.size, rng)
 
 
+def _multihead(target: ScoringTarget, rng: np.random.Generator) -> np.ndarray:
+    """Change of attention or output without the neuron, times its dissimilarity to the others of its head.
+
+    Where that is not defined (whole heads, the residual stream) or cannot be measured: snp.
+    """
+    if target.change is None or target.overlap is None:
+        return _snp(target, rng)
+    return channel_scores(target.change, target.overlap)
+
+
 CRITERIA: dict[str, Criterion] = {
     "snp": Criterion(_snp, "what carries the attention scores (query-key); what is least redundant (else)", True),
     "l2": Criterion(_l2, "length of the filters"),
     "gm": Criterion(_gm, "distance to the other filters (geometric median)"),
     "random": Criterion(_random, "chance"),
     "reverse": Criterion(_reverse, "snp backwards, as a control", True),
+    "multihead": Criterion(_multihead, "what changes the attention or output most and is like no other", True, True),
 }
 
 
@@ -157,7 +175,12 @@ def _check(target: ScoringTarget) -> None:
     if not target.filters or (target.kind == "qk" and len(target.filters) < 2):
         raise ValueError(f"a {target.kind} group came with the filters of {len(target.filters)} layers")
     shape = (target.heads, target.size)
-    for name, array in (("dead", target.dead), ("qk", target.qk), ("contribution", target.contribution)):
+    for name, array in (
+        ("dead", target.dead),
+        ("qk", target.qk),
+        ("contribution", target.contribution),
+        ("change", target.change),
+    ):
         if array is not None and array.shape != shape:
             raise ValueError(f"expected {name} {list(shape)}, got {list(array.shape)}")
     for layer in target.filters:

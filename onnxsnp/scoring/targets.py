@@ -15,12 +15,7 @@ from onnxsnp.scoring.heads import head_target
 
 
 def scoring_target(
-    graph: Graph,
-    dependencies: Dependencies,
-    group: Group,
-    linears: Mapping[str, Linear],
-    qk: np.ndarray | None = None,
-    contribution: np.ndarray | None = None,
+    graph: Graph, dependencies: Dependencies, group: Group, linears: Mapping[str, Linear], qk: np.ndarray | None = None
 ) -> ScoringTarget:
     """What one group offers for scoring.
 
@@ -29,10 +24,9 @@ def scoring_target(
 
     Args:
         qk: eq. 4-6 scores of a query-key group, [heads, size].
-        contribution: of a head group, what each head adds to the output (`heads.contributions`), [size].
     """
     if group.kind == "head":
-        return head_target(graph, dependencies, group, linears, contribution)
+        return head_target(graph, dependencies, group, linears)
     filters = tuple(
         _filters(graph, dependencies, group, linears[weight]) for weight, _ in group.producers if weight in linears
     )
