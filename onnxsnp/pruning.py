@@ -282,6 +282,9 @@ class _Run:
             why = "too few samples to measure sensitivities" if curves else "no group has an error curve"
             self.notes.append(f"{why}: one ratio for all groups")
             return self._counts(analysis)
+        whole = [group.id for group in scoped if group not in groups]
+        if whole:
+            self.notes.append(f"{', '.join(whole)}: no error curve, so automatic allocation leaves them whole")
         found = allocate(
             groups,
             analysis.cost,

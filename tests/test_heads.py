@@ -199,6 +199,13 @@ def test_any_layout_loses_heads(options: dict[str, Any], compensation: str) -> N
     assert [analyse_model(found.model).groups[f"head.{block}"].size for block in range(3)] == [3] * 3
 
 
+def test_what_automatic_allocation_cannot_judge_stays_whole_and_is_named() -> None:
+    model = graphs.grouped(keys=4, queries=3, qk=6, v=8, width=24)  # shared values are not rotated, so have no curve
+    found = pruned(model, 0.2, scope="head,qk,v")
+    assert "v.0" not in left(found) and left(found).keys() <= {"head.0", "qk.0"}
+    assert any(note.startswith("v.0: no error curve") for note in found.record["notes"])
+
+
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("scope", ["head", "head,qk,v"])
 def test_query_heads_go_with_the_keys_and_values_they_share(scope: str, compensation: str) -> None:
