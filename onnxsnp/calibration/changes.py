@@ -110,6 +110,7 @@ def _add_changes(
     for channel in range(site.group.size):
         mask = without(channel, inputs[name].shape, axis, inputs[name].dtype)
         (rows,) = site.session.run([CHANGE], {**inputs, MASK: mask})
+        rows = np.nan_to_num(rows, nan=0.0)  # all of a row is masked: there is no attention to change
         per_row = by_head(site.group, dependencies, rows, site.path.others)
         site.found.total[:, channel] += images * np.maximum(per_row.mean(axis=0, dtype=np.float64), 0.0)
     site.found.images += images

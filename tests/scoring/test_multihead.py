@@ -145,6 +145,16 @@ def test_scale_bias_and_mask_behind_the_product_count() -> None:
     np.testing.assert_allclose(found["qk.0"].mean, want, rtol=1e-3, atol=1e-7)
 
 
+def test_a_row_in_which_all_is_masked_says_nothing() -> None:
+    bias = np.zeros((1, graphs.HEADS, graphs.TOKENS, graphs.TOKENS))
+    bias[0, :, 2] = -np.inf
+    analysis, inputs, found = measured(graphs.attention(scores=lambda net, value: net.op("Add", value, bias)))
+    q, k = operands(analysis, inputs)
+    rest = naive_change(np.delete(q, 2, axis=2), k)  # mean over one row less
+    share = (graphs.TOKENS - 1) / graphs.TOKENS
+    np.testing.assert_allclose(found["qk.0"].mean, share * rest, rtol=1e-3, atol=1e-7)
+
+
 def test_shared_keys_average_over_the_queries_that_share_them() -> None:
     model = graphs.grouped(keys=2, queries=3, qk=4)
     analysis, inputs, found = measured(model)
