@@ -43,7 +43,7 @@ from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, touched, weight_a
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
-_ENOUGH = 48  # tokens per fitted row of a weight; neighbouring tokens say much the same
+_ENOUGH = 32  # tokens per fitted row of a weight; neighbouring tokens say much the same
 STRENGTH = 3.0  # λ as a share of the mean variance of x
 
 State = dict[str, np.ndarray]
