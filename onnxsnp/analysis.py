@@ -18,6 +18,7 @@ from onnxsnp.graph.groups import Group, Structure, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear, find_linears
 from onnxsnp.graph.normalize import Normalized, as_graph, normalize
+from onnxsnp.graph.sharing import shared_matrices
 from onnxsnp.model import Model
 from onnxsnp.reconstruction.full import Rotations, find_rotations
 from onnxsnp.reconstruction.gains import find_gains
@@ -60,6 +61,11 @@ class Analysis:
     def linears(self) -> dict[str, Linear]:
         """Projections by the name of their weight."""
         return find_linears(self.graph, self.dependencies)
+
+    @cached_property
+    def shared_inputs(self) -> list[set[str]]:
+        """Activations that are read through the same weight of the file, for each such weight."""
+        return [{self.linears[name].data for name in names} for names in shared_matrices(self.graph, self.linears)]
 
     @cached_property
     def original(self) -> Graph:

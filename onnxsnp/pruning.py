@@ -18,6 +18,7 @@ from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.batches import chain, first, proof_feeds, split
 from onnxsnp.calibration.changes import IMAGES, AttentionChange, measure_changes
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
+from onnxsnp.calibration.pooling import pool
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
@@ -372,6 +373,7 @@ class _Run:
                     provider=options.provider,
                     progress=lambda done: self.progress("calibrate", done, seen),
                 )
+                pool(statistics.moments, analysis.shared_inputs)
         if needed.changed:
             with self.stage("drop channels"):
                 statistics.changes = self._changes(analysis, data, needed.changed, seen)

@@ -149,8 +149,8 @@ def collect(
     gains = {gain.group.id: gain for gain in gain_sites}
     wanted_groups = [*qk_groups, *pair_groups, *(gain.group for gain in gain_sites)]
     for group in {group.id: group for group in wanted_groups}.values():
-        site = sites[group.site or 0]
-        pairs.append((group, builder.gram(site.query, site.query_tokens), builder.gram(site.key, site.key_tokens)))
+        for site in (sites[index] for index in group.sites):
+            pairs.append((group, builder.gram(site.query, site.query_tokens), builder.gram(site.key, site.key_tokens)))
     scored, measured = ({group.id for group in wanted} for wanted in (qk_groups, pair_groups))
     wanted = {name: builder.moments(name) for name in tensors}
     result = Statistics()

@@ -16,6 +16,7 @@ from onnxsnp.graph.axes import Axis, Factors, solve
 from onnxsnp.graph.facts import Facts, Freeze
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.rules import gather_facts
+from onnxsnp.graph.sharing import tie_shared_weights
 
 Place = tuple[str, int, int]  # (tensor, axis, position of the factor inside the axis)
 
@@ -62,6 +63,7 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
         shapes: size of every tensor (see `probe`).
     """
     facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs)
+    tie_shared_weights(graph, facts)
     used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
     sizes: dict[Axis, int] = {
         (name, index): size

@@ -58,7 +58,8 @@ class Facts:
     """Everything the rules said about a graph.
 
     `joins` are the operand tuples of additions of activations; `statistics` the axes normalisations run over; `virtual`
-    the sizes of axes that exist only inside an operator (the heads of a 3-D Attention operand).
+    the sizes of axes that exist only inside an operator (the heads of a 3-D Attention operand); `unread` the tensors
+    of which only the sizes are read.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -72,6 +73,7 @@ class Facts:
     statistics: list[Role] = field(default_factory=list)
     joins: list[tuple[str, ...]] = field(default_factory=list)
     virtual: dict[Axis, int] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
     node: str = ""
 
     def rank(self, name: str) -> int:

@@ -38,6 +38,7 @@ class Group:
         producers: weight axes that emit the neurons; consumers: weight axes that contract them.
         site: index of the attention site it belongs to.
         reasons: why it must not be cut; empty if it may be.
+        further: indices of other sites with the same neurons, because they share weights or tables.
     """
 
     id: str
@@ -51,6 +52,12 @@ class Group:
     consumers: tuple[Axis, ...]
     site: int | None = None
     reasons: tuple[str, ...] = ()
+    further: tuple[int, ...] = ()
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Indices of all attention sites it belongs to."""
+        return () if self.site is None else (self.site, *self.further)
 
     @property
     def prunable(self) -> bool:
@@ -68,7 +75,7 @@ class Structure:
 
     def group(self, kind: str, site: int) -> Group | None:
         """The group of one kind at one attention site."""
-        return next((group for group in self.groups if group.kind == kind and group.site == site), None)
+        return next((group for group in self.groups if group.kind == kind and site in group.sites), None)
 
 
 def find_groups(graph: Graph, dependencies: Dependencies) -> Structure:
@@ -98,6 +105,8 @@ class _Finder:
             axis for node in graph.nodes if node.op_type == "Conv" for axis in ((node.input[1], 0), (node.input[1], 1))
         }
         self.skipped: list[Unrecognised] = []
+        self.kinds: dict[int, str] = {}  # of the factors of attention sites
+        self.further: dict[int, list[int]] = {}  # sites whose neurons are those of an earlier one
 
     def _by_atom(self, axes: Sequence[Axis]) -> dict[int, list[Axis]]:
         found: dict[int, list[Axis]] = {}
@@ -140,6 +149,7 @@ class _Finder:
         taken: set[int] = set()
         for index, site in enumerate(self.sites):
             groups.extend(self._site_groups(index, site, taken))
+        groups = self._with_further_sites(groups)
         counts: dict[str, int] = {}
         for atom in order:
             if atom in taken or atom not in self.producers or self.deps.size(atom) == 1:
@@ -156,6 +166,17 @@ class _Finder:
             only = residuals[0]
             groups[groups.index(only)] = replace(only, id="residual")
         return groups
+
+    def _with_further_sites(self, groups: list[Group]) -> list[Group]:
+        """Groups that know of all sites they belong to; a head group belongs to those whose neurons it counts."""
+        found = []
+        for group in groups:
+            sites = set(self.further.get(group.atom, []))
+            if group.kind == "head":
+                mine = [other for other in groups if group.atom in other.head_atoms]
+                sites = {site for other in mine for site in [*other.sites, *self.further.get(other.atom, [])]}
+            found.append(replace(group, further=tuple(sorted(site for site in sites if site != group.site))))
+        return found
 
     def _report_lost(self, atom: int) -> None:
         """A width that nothing contracts is an output such as the logits, unless an unknown operator swallowed it."""
@@ -203,10 +224,14 @@ class _Finder:
                 continue
             atom = atoms[0]
             common = self._common(atom)
+            if self.kinds.get(atom) == kind:
+                self.further.setdefault(atom, []).append(index)
+                continue
             if atom in taken:
                 self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to another site's"))
                 continue
             taken.add(atom)
+            self.kinds[atom] = kind
             groups.append(self._group(f"{kind}.{index}", kind, atom, index, common))
         everywhere = [frozenset(self.deps.atoms(*axis)) for group in groups for axis in group.producers]
         beside = frozenset().union(*everywhere) - {group.atom for group in groups}

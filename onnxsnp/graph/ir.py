@@ -108,8 +108,13 @@ class Graph:
                 needed.update(subgraph_reads(node))
         self.nodes = kept[::-1]
         self.weights = {name: array for name, array in self.weights.items() if name in needed}
-        self.origin = {name: source for name, source in self.origin.items() if name in self.weights}
-        self.parts = {name: part for name, part in self.parts.items() if name in self.weights}
+        named = set(self.weights)
+        for name in self.weights:  # a part of a part needs the one it was taken from
+            while name in self.parts:
+                name = self.parts[name].source
+                named.add(name)
+        self.parts = {name: part for name, part in self.parts.items() if name in named}
+        self.origin = {name: source for name, source in self.origin.items() if name in named}
 
     def bare_proto(self) -> onnx.ModelProto:
         """The model without its weights."""

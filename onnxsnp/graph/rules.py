@@ -29,6 +29,7 @@ def gather_facts(
 ) -> Facts:
     """Apply the rules to every node; graph inputs and outputs are frozen, since callers see their sizes."""
     facts = Facts(shapes, weights, opset)
+    facts.unread = _only_measured(nodes, outputs)
     for node in nodes:
         facts.node = node.name
         known = all(name in shapes for name in [*node.input, *node.output] if name)
@@ -43,6 +44,14 @@ def gather_facts(
             facts.node = f"{kind} {name}"
             facts.freeze_all([name], f"size of the model's {kind} '{name}'")
     return facts
+
+
+def _only_measured(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> frozenset[str]:
+    """Tensors of which operators read nothing but the sizes."""
+    measured = {name for node in nodes if node.op_type in ("Shape", "Size") for name in node.input}
+    read = {name for node in nodes if node.op_type not in ("Shape", "Size") for name in node.input}
+    inside = {name for node in nodes for name in subgraph_reads(node)}
+    return frozenset(measured - read - inside - set(outputs))
 
 
 def _elementwise(node: NodeProto, facts: Facts) -> None:
@@ -246,6 +255,10 @@ def _gather(node: NodeProto, facts: Facts) -> None:
     axis = attribute(node, "axis", 0) % rank
     chosen = facts.value(indices)
     size = facts.shapes[data][axis]
+    if output in facts.unread and extra == 0 and chosen is not None and int(chosen) in (0, -1):
+        for index in range(rank - 1):  # which entry it is does not matter, and there is one of any size
+            facts.same((data, index + (index >= axis)), (output, index))
+        return
     if data not in facts.weights and chosen is not None and chosen.size and extra <= 1:
         flat = chosen.reshape(-1).astype(np.int64) % size
         if np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size)):
@@ -259,6 +272,24 @@ def _gather(node: NodeProto, facts: Facts) -> None:
     for index in range(extra):
         facts.same((indices, index), (output, axis + index))
     facts.freeze((data, axis), "Gather picks entries of it")
+
+
+def _gather_nd(node: NodeProto, facts: Facts) -> None:
+    """The last axis of the indices addresses leading axes of the data behind `batch_dims` that both share."""
+    data, indices, output = node.input[0], node.input[1], node.output[0]
+    shared, deep = attribute(node, "batch_dims", 0), facts.rank(indices) - 1
+    depth = shared + facts.shapes[indices][-1]
+    for index in range(shared):
+        facts.same((data, index), (output, index))
+    for index in range(deep):
+        facts.same((indices, index), (output, index))
+    for index in range(shared, depth):
+        facts.freeze((data, index), "GatherND picks entries of it")
+    for index in range(depth, facts.rank(data)):
+        facts.same((data, index), (output, deep + index - depth))
+        if data in facts.weights:
+            facts.roles.append(Role("producer", (data, index), node.name))
+    facts.freeze((indices, deep), "GatherND reads positions from it")
 
 
 def _concat(node: NodeProto, facts: Facts) -> None:
@@ -375,6 +406,7 @@ RULES: dict[str, Rule] = {
     "Einsum": products.einsum,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gemm": products.gemm,
     "LayerNormalization": _layer_norm,
     "MatMul": products.matmul,

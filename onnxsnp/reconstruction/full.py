@@ -69,6 +69,9 @@ def find_rotations(analysis: Analysis) -> Rotations:
             _residual_site(analysis, group, found)
         if group.site is None or not group.prunable:
             continue
+        if group.further:
+            found.blocked[group.id] = "several attention sites have the same neurons"
+            continue
         if group.kind == "qk":
             _pair_site(analysis, group, found)
         elif group.kind == "v":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import analyse
 from onnxsnp.graph.groups import Group, find_groups
 from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.sharing import identity
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
 from onnxsnp.surgery.rewrite import Cut, cut_graph
 from onnxsnp.surgery.unpack import packed_sources, put_back, root_of, unpack
@@ -112,13 +113,13 @@ def to_model(graph: Graph) -> onnx.ModelProto:
 
 def _share(graph: Graph) -> None:
     """Give weights that came from one initializer, and are still equal, one name again."""
-    canonical: dict[tuple[str, bytes], str] = {}
+    canonical: dict[tuple[object, ...], str] = {}
     rename: dict[str, str] = {}
-    sources = set(graph.origin.values())
+    sources = {name: identity(graph, name) for name in graph.weights}
+    uses = Counter(sources.values())
     for name, array in graph.weights.items():
-        source = graph.origin.get(name, name)
-        if source in sources:
-            key = (source, str(array.dtype).encode() + repr(array.shape).encode() + array.tobytes())
+        if uses[sources[name]] > 1:
+            key = (sources[name], str(array.dtype), array.shape, array.tobytes())
             rename[name] = canonical.setdefault(key, name)
     for node in graph.nodes:
         for slot, name in enumerate(node.input):

@@ -198,7 +198,32 @@ def _fix_reshape(
     node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
 ) -> list[NodeProto]:
     changed = _changed_axes(dependencies, node.output[0], sizes)
+    if changed and node.input[1] not in graph.weights:
+        changed = _with_free_size(node.output[0], graph, dependencies, changed)
     return _pin(node, graph, changed, namer) if changed else []
+
+
+def _with_free_size(
+    tensor: str, graph: Graph, dependencies: Dependencies, changed: Mapping[int, int]
+) -> dict[int, int]:
+    """The sizes to write where a changed axis holds the batch too (B·H): -1 there, and a number wherever one is known.
+
+    Whether the size that is computed for such an axis counts the cut already is not known, but the others give it.
+    """
+    symbolic = {
+        atom
+        for value in graph.shell.graph.input
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+        if not dim.dim_value
+        for atom in dependencies.atoms(value.name, axis)
+    }
+    shape = dependencies.facts.shapes[tensor]
+    free = {axis for axis in range(len(shape)) if symbolic & set(dependencies.atoms(tensor, axis))}
+    held = free & changed.keys()
+    if len(held) != 1:
+        return dict(changed)
+    known = {axis: changed.get(axis, size) for axis, size in enumerate(shape) if axis not in free}
+    return known | dict.fromkeys(held, -1)
 
 
 def _fix_expand(

@@ -223,6 +223,7 @@ def _clone(
             _record(result, dependencies, name, names[name], sizes)
         clones.append(clone)
     extra = _sized(graph, dependencies, clones, names, sizes)
+    _record_added(result, extra)
     if select.drops_axis:
         extra.append(_squeeze(graph, names[select.source], select, namer))
     return extra
@@ -285,6 +286,23 @@ def _sized(
         for slot, name in enumerate(outputs):
             clone.output[slot] = name
     return view.nodes
+
+
+def _record_added(result: Normalized, nodes: list[NodeProto]) -> None:
+    """Sizes of the lists of sizes that `fix_sizes` put together for shapes computed at run time."""
+    weights = result.graph.weights
+    for node in nodes:
+        name = node.output[0]
+        if name in result.shapes:
+            continue
+        lengths = [len(weights[one]) if one in weights else result.shapes[one][0] for one in node.input]
+        if node.op_type == "Slice":
+            start, stop = (int(weights[bound][0]) for bound in node.input[1:3])
+            length = len(range(lengths[0])[start:stop])
+        else:
+            length = sum(lengths)
+        result.shapes[name] = result.single[name] = (length,)
+        result.dynamic[name] = (False,)
 
 
 def _squeeze(graph: Graph, source: str, select: Select, namer: Namer) -> NodeProto:
