@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnxsnp.calibration.data import Batch, Dataset
-from onnxsnp.graph.ir import Graph, graph_inputs
+from onnxsnp.graph.inputs import graph_inputs
+from onnxsnp.graph.ir import Graph
 
 
 def split(data: Dataset, seen: int) -> tuple[Iterator[Batch], list[Batch]]:

@@ -18,6 +18,7 @@ from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.batches import chain, first, proof_feeds, split
 from onnxsnp.calibration.changes import IMAGES, AttentionChange, measure_changes
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
+from onnxsnp.calibration.lengths import settled
 from onnxsnp.calibration.pooling import pool
 from onnxsnp.calibration.statistics import Statistics, collect
 from onnxsnp.errors import PlanError
@@ -26,7 +27,8 @@ from onnxsnp.evaluation.latency import machine
 from onnxsnp.evaluation.layers import local_timer
 from onnxsnp.evaluation.verify import Verification, prove
 from onnxsnp.graph.groups import Group
-from onnxsnp.graph.ir import Graph, graph_inputs
+from onnxsnp.graph.inputs import graph_inputs
+from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.probabilities import AttentionPath
 from onnxsnp.model import Model, give_back, whole_file
 from onnxsnp.options import Options
@@ -306,6 +308,9 @@ class _Run:
     def _data(self, analysis: Analysis) -> Dataset:
         options = self.options
         specs = graph_inputs(analysis.graph, options.input_shapes)
+        if options.calibration is None:
+            session = analysis.original.opened(options.threads, options.provider)
+            specs = settled(specs, lambda feed: session.run(None, feed))
         data = open_dataset(
             options.calibration,
             specs,

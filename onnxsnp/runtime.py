@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,15 +46,29 @@ class InputSpec:
         name: the input's name.
         shape: one entry per axis: an int is fixed, a str (its symbol) or None is dynamic. Axis 0 is the batch.
         dtype: the numpy element type.
+        below: exclusive upper bound of the ids it holds, where the model looks them up in a table; else None.
     """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: np.dtype[Any]
+    below: int | None = None
 
     def __str__(self) -> str:
         sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.name}: ({sizes}) {self.dtype}"
+
+
+def symbol_size(symbol: str, size_of: Callable[[str], int]) -> int:
+    """The size of a symbolic axis; `past + sequence` and `2*width` are computed, anything else is one symbol.
+
+    Args:
+        size_of: the size of a single symbol.
+    """
+    parts = [[factor.strip() for factor in term.split("*")] for term in symbol.split("+")]
+    if not all(factor.isidentifier() or factor.isdigit() for term in parts for factor in term):
+        return size_of(symbol)
+    return sum(int(np.prod([int(one) if one.isdigit() else size_of(one) for one in term])) for term in parts)
 
 
 def channel_axis(spec: InputSpec) -> int | None:
@@ -154,8 +169,15 @@ def run_session(session: Session, inputs: Mapping[str, np.ndarray]) -> list[np.n
     Raises:
         ModelError: onnxruntime refused the inputs or failed in a node; the message carries the shapes that were fed.
     """
-    try:
+    with readable_errors(inputs):
         return list(session.run(None, dict(inputs)))
+
+
+@contextmanager
+def readable_errors(inputs: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """What onnxruntime raises inside becomes a `ModelError` that says what was fed."""
+    try:
+        yield
     except _runtime_errors() as error:
         fed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
         raise ModelError(f"the model failed on inputs {fed}: {_one_line(error)}") from error

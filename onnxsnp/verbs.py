@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onnxsnp import model as model_files
 from onnxsnp.calibration.data import Dataset, image_spec, open_dataset, parse_classes, resolve_preprocess
+from onnxsnp.calibration.lengths import settled, with_bounds
 from onnxsnp.calibration.preprocess import Preprocess
 from onnxsnp.errors import DataError, ModelError
 from onnxsnp.evaluation.accuracy import Evaluation, evaluate_models
 from onnxsnp.evaluation.latency import Latency, bench_models
-from onnxsnp.runtime import InputSpec, channel_axis, input_specs, open_session
+from onnxsnp.runtime import InputSpec, channel_axis, input_specs, open_session, run_session
 
 _BATCH = 8
 
@@ -95,7 +97,10 @@ def open_for(
     for path in models:
         model_files.load(path)  # a clear message for what is no model, before any data is read
     metadata = model_files.load(first).metadata
-    specs = input_specs(open_session(first, optimize=False))
+    session = open_session(first, optimize=False)
+    specs = with_bounds(input_specs(session), first)
+    if data is None:
+        specs = settled(specs, partial(run_session, session))
     chosen = preprocess if isinstance(preprocess, Preprocess) else choose_preprocess(specs, metadata, preprocess)
     return open_dataset(
         data,

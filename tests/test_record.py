@@ -11,7 +11,7 @@ import pytest
 
 from onnxsnp.analysis import analyse_model
 from onnxsnp.calibration.data import Dataset, open_dataset
-from onnxsnp.graph.ir import graph_inputs
+from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.options import Options
 from onnxsnp.planning.plan import Plan
 from onnxsnp.record import new_record, settings

@@ -1,13 +1,15 @@
-"""Arrays as samples: .npy and .npz files, arrays in memory, and Python iterables of arrays or dicts of arrays.
+"""Arrays as samples: .npy and .npz files, folders of .npy files, arrays in memory, and iterables of arrays or dicts.
 
 Arrays are fed as they are: preprocessing is for pictures. Each must have the rank and the fixed sizes of its input, the
 batch in front (an iterable may also give single samples without it). Element types may differ in width (float64 for
-float32, int32 for int64) but not in kind: pixels (uint8) for a float input are an error, not a silent conversion.
+float32, int32 for int64, booleans for integers) but not in kind: pixels (uint8) for a float input are an error, not a
+silent conversion. Ids must lie within the table that the model looks them up in.
 An extra array called `labels` holds the class index of every sample.
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +83,31 @@ def read_array_file(path: Path, specs: Sequence[InputSpec]) -> ArraySource:
     return ArraySource(arrays, labels, f"arrays of {path}")
 
 
+def read_array_folder(folder: Path, specs: Sequence[InputSpec]) -> ArraySource:
+    """Samples of a folder with one .npy file per input, named after it (and `labels.npy`, if there are labels).
+
+    In file names `_` stands for what file names cannot hold.
+
+    Raises:
+        DataError: a file is broken, missing or one too many, or an array does not fit its input.
+    """
+    files = {_file_name(spec.name): spec.name for spec in specs}
+    content = {}
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            content[files.get(path.stem, path.stem)] = np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError, EOFError, MemoryError, SyntaxError) as error:
+            said = str(error) if "pickle" not in str(error) else "it holds no plain array"
+            raise DataError(f"cannot read an array from {path}: {said}", hint="save it with numpy.save") from error
+    arrays, labels = _checked(content, specs, str(folder))
+    _same_length(arrays, labels, str(folder))
+    return ArraySource(arrays, labels, f"arrays of {folder}")
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r'[/\\:*?"<>|]', "_", name)
+
+
 def read_iterable(source: Iterable[Any], specs: Sequence[InputSpec], samples: int | None) -> ArraySource:
     """Samples of an array, a dict of arrays, or an iterable of these.
 
@@ -140,9 +167,26 @@ def _checked(
     if set(named) != inputs:
         expected = ", ".join(str(spec) for spec in specs)
         got = ", ".join(sorted(name or "one array without a name" for name in named)) or "nothing"
-        raise DataError(f"{where} must hold one array per model input: expected {expected}; got {got}")
+        missing = inputs - set(named)
+        lacks = f" (missing: {', '.join(sorted(missing))})" if missing and named.keys() & inputs else ""
+        raise DataError(f"{where} must hold one array per model input: expected {expected}; got {got}{lacks}")
     arrays = {spec.name: _fitted(np.asanyarray(named[spec.name]), spec, where, single) for spec in specs}
+    _check_symbols(arrays, specs, where)
     return arrays, None if labels is None else _label_array(np.asarray(labels), where)
+
+
+def _check_symbols(arrays: Arrays, specs: Sequence[InputSpec], where: str) -> None:
+    """Axes that the model gives one symbol must have one size."""
+    known: dict[str, tuple[str, int]] = {}
+    for spec in specs:
+        for symbol, size in zip(spec.shape[1:], arrays[spec.name].shape[1:], strict=True):
+            if isinstance(symbol, str):
+                name, first = known.setdefault(symbol, (spec.name, size))
+                if first != size:
+                    raise DataError(
+                        f"{where} gives '{symbol}' the size {first} in input {name!r} and {size} in {spec.name!r}",
+                        hint="all inputs of a sample must have the same length there",
+                    )
 
 
 def _fitted(array: np.ndarray, spec: InputSpec, where: str, single: bool) -> np.ndarray:
@@ -152,11 +196,17 @@ def _fitted(array: np.ndarray, spec: InputSpec, where: str, single: bool) -> np.
         not isinstance(size, int) or size == got
         for size, got in zip(spec.shape[1:], array.shape[1:], strict=True)  # without the batch
     )
-    kinds = {"i": "iu", "u": "iu"}.get(spec.dtype.kind, spec.dtype.kind)
+    kinds = {"i": "iub", "u": "iub", "b": "iub"}.get(spec.dtype.kind, spec.dtype.kind)
     if not fits or array.dtype.kind not in kinds:
         raise DataError(
             f"{where} does not fit input {spec.name!r}: expected {spec}, got {array.dtype}{list(array.shape)}",
             hint="the first axis is the batch; arrays are fed without preprocessing",
+        )
+    if spec.below is not None and array.size and not -spec.below <= int(array.min()) <= int(array.max()) < spec.below:
+        wrong = int(array.max()) if int(array.max()) >= spec.below else int(array.min())
+        raise DataError(
+            f"{where}: input {spec.name!r} holds the id {wrong}, but its table in the model ends at {spec.below - 1}",
+            hint="use the tokenizer (and the preprocessing) that the model was trained with",
         )
     if array.dtype == spec.dtype:
         return array

@@ -1,7 +1,7 @@
 """One door to every kind of data: `open_dataset` gives batches ready to feed, the same for every method.
 
-Accepted are a folder of images, a .zip of images, .npy and .npz files, arrays or iterables of arrays in memory, and
-None for generated inputs.
+Accepted are a folder of images, a .zip of images, .npy and .npz files, a folder of .npy files named after the inputs,
+arrays or iterables of arrays in memory, and None for generated inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from onnxsnp.calibration.arrays import read_array_file, read_iterable
+from onnxsnp.calibration.arrays import read_array_file, read_array_folder, read_iterable
 from onnxsnp.calibration.generated import DEFAULT_SAMPLES, GeneratedSource
 from onnxsnp.calibration.images import (
     ImageSource,
@@ -214,8 +214,8 @@ def open_dataset(
     """Open data for a model.
 
     Args:
-        source: folder or .zip of images, .npy or .npz file, array, dict of arrays, iterable of either (each element one
-            batch or one sample), or None for generated inputs.
+        source: folder or .zip of images, .npy or .npz file, folder of .npy files, array, dict of arrays, iterable of
+            either (each element one batch or one sample), or None for generated inputs.
         specs: the model's inputs (`onnxsnp.runtime.input_specs`). A fixed batch size there overrules `batch_size`.
         samples: how many to use; fewer than there are means an even spread over all of them, because folders are
             sorted by class. None is all of them (256 generated ones).
@@ -227,7 +227,7 @@ def open_dataset(
             it: True for evaluation, False for calibration.
         classes: the model's class names in order (`parse_classes` of its metadata), for folders named after classes.
         sizes: dynamic sizes by symbol, or by `input:axis`.
-        token_bounds: exclusive upper bound of generated ids, by input name.
+        token_bounds: exclusive upper bound of generated ids, by input name; else that of the input (`InputSpec.below`).
 
     Raises:
         DataError: missing, empty, broken or ill-fitting data, or an impossible argument.
@@ -273,6 +273,8 @@ def _open_source(
     path = Path(source)
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         return read_array_file(path, specs)
+    if path.is_dir() and any(path.glob("*.npy")):
+        return read_array_folder(path, specs)
     if path.is_dir():
         names, read = folder_names(path), folder_reader(path)
     elif path.is_file() and path.suffix.lower() == ".zip":

@@ -19,6 +19,7 @@ DEFAULT_SAMPLES = 256
 DEFAULT_SEQUENCE = 128
 DEFAULT_TOKENS = 1000
 
+_SHORTEST = 0.25  # of the full length; every other sample is shorter
 _OVERSAMPLING = 2  # discs are drawn at twice the size and averaged down: smooth edges, as a lens makes them
 _MIN_RADIUS = 1.5  # pixels of the final picture
 _COVERAGE = 3.0  # summed area of the discs over that of the picture: about exp(−3) = 5 % of the background is left
@@ -33,7 +34,8 @@ class GeneratedSource:
         seed: of everything.
         preprocess: for image inputs; None is the imagenet preset.
         sizes: dynamic sizes by symbol or by `input:axis`; else 224 (images) and 128 (sequences).
-        token_bounds: exclusive upper bound of the ids of an integer input, by input name; else 1000.
+        token_bounds: exclusive upper bound of the ids of an integer input, by input name; else what the input says, or
+            1000 where it says nothing.
     """
 
     parallel = True
@@ -68,35 +70,54 @@ class GeneratedSource:
     def load(self, index: int) -> dict[str, np.ndarray]:
         """One sample by input name, without batch axis."""
         rng = np.random.default_rng((self._seed, index))
-        return {spec.name: self._input(spec, rng) for spec in self._specs}
+        share = 1.0 if index % 2 == 0 else float(np.random.default_rng((self._seed, index, 1)).uniform(_SHORTEST, 1))
+        return {spec.name: self._input(spec, rng, share) for spec in self._specs}
 
-    def _input(self, spec: InputSpec, rng: np.random.Generator) -> np.ndarray:
+    def _input(self, spec: InputSpec, rng: np.random.Generator, share: float) -> np.ndarray:
         target = self._targets.get(spec.name)
         if target is not None:
             return target.normalise(dead_leaves(target.height, target.width, target.channels, rng))
         shape = tuple(axis_size(spec, axis, self._sizes, DEFAULT_SEQUENCE) for axis in range(1, len(spec.shape)))
-        return generic_input(spec, shape, rng, self._bounds.get(spec.name, DEFAULT_TOKENS))
+        return generic_input(spec, shape, rng, self._bounds.get(spec.name), share)
 
 
 def generic_input(
-    spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator, token_bound: int = DEFAULT_TOKENS
+    spec: InputSpec,
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+    token_bound: int | None = None,
+    share: float = 1.0,
 ) -> np.ndarray:
-    """One sample of an input that is not a picture, by its type and name.
+    """One sample of an input that is not a picture, by its type, its name and the table it is looked up in.
 
-    Names with `mask`, and booleans: ones. Integers: positions count up, token types and segments are 0, everything
-    else is taken for token ids, uniform in [0, token_bound). Floating point: standard normal.
+    Masks (by name) let the first `share` of a sequence through, and everything where they are no list. Booleans: true.
+    Integers: positions count up, of token types and segments the last third is 1, everything else is taken for token
+    ids, uniform below `token_bound`, the input's own bound, or 1000. Floating point: standard normal.
     """
     name = spec.name.lower()
-    if "mask" in name or spec.dtype.kind == "b":
+    if "mask" in name:
+        return _mask(spec, shape, share)
+    if spec.dtype.kind == "b":
         return np.ones(shape, spec.dtype)
     if spec.dtype.kind == "f":
         return rng.standard_normal(shape).astype(spec.dtype)
+    bound = min(max(token_bound or spec.below or DEFAULT_TOKENS, 1), int(np.iinfo(spec.dtype).max))
     if "position" in name and shape:
-        return np.broadcast_to(np.arange(shape[-1], dtype=spec.dtype), shape).copy()
+        counted = np.minimum(np.arange(shape[-1]), (token_bound or spec.below or shape[-1]) - 1)
+        return np.broadcast_to(counted.astype(spec.dtype), shape).copy()
     if "type" in name or "segment" in name:
-        return np.zeros(shape, spec.dtype)
-    bound = min(max(token_bound, 1), int(np.iinfo(spec.dtype).max))
+        second = bool(shape) and spec.below is not None and spec.below > 1
+        place = np.arange(shape[-1]) >= 2 * shape[-1] // 3 if second else np.zeros(())
+        return np.broadcast_to(place, shape).astype(spec.dtype)
     return rng.integers(0, bound, shape).astype(spec.dtype)
+
+
+def _mask(spec: InputSpec, shape: tuple[int, ...], share: float) -> np.ndarray:
+    """1 (or 0 in what is called a padding mask) for what is there; a floating-point one hides nothing."""
+    there = np.ones(shape, bool)
+    if len(shape) == 1 and spec.dtype.kind in "iub":
+        there = np.arange(shape[0]) < max(1, round(share * shape[0]))
+    return (there != ("padding" in spec.name.lower())).astype(spec.dtype)
 
 
 def dead_leaves(height: int, width: int, channels: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,12 +12,14 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxsnp.calibration.data import open_dataset
+from onnxsnp.calibration.lengths import settled, with_bounds
 from onnxsnp.errors import ModelError
 from onnxsnp.runtime import (
     InputSpec,
@@ -100,7 +102,10 @@ def bench_models(
         if value < least:
             raise ModelError(f"{name} must be {least} or more, got {value}")
     sessions = [open_session(model, threads=threads, provider=provider) for model in models]
-    feeds = [bench_inputs(input_specs(session), batch, input_shapes, seed) for session in sessions]
+    feeds = [
+        bench_inputs(with_bounds(input_specs(session), model), batch, input_shapes, seed, partial(run_session, session))
+        for model, session in zip(models, sessions, strict=True)
+    ]
     batches = [len(next(iter(feed.values()))) for feed in feeds]
     if len(set(batches)) > 1:
         listed = ", ".join(f"{describe_model(model)} {size}" for model, size in zip(models, batches, strict=True))
@@ -120,9 +125,16 @@ def bench_models(
 
 
 def bench_inputs(
-    specs: Sequence[InputSpec], batch: int, shapes: Mapping[str, Sequence[int]] | None, seed: int
+    specs: Sequence[InputSpec],
+    batch: int,
+    shapes: Mapping[str, Sequence[int]] | None,
+    seed: int,
+    run: Callable[[dict[str, np.ndarray]], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Generated inputs for one run (pictures, ids, masks or noise; see `onnxsnp.calibration.generated`).
+
+    Args:
+        run: runs the model, to find lengths that it takes where they are open and not given.
 
     Raises:
         ModelError: a shape for an input that is not there, or one that contradicts the model.
@@ -133,6 +145,7 @@ def bench_inputs(
         known = ", ".join(spec.name for spec in specs)
         raise ModelError(f"no input named {unknown[0]!r} to give a shape to", hint=f"the inputs are: {known}")
     fixed = [_with_shape(spec, given[spec.name]) if spec.name in given else spec for spec in specs]
+    fixed = fixed if run is None else settled(fixed, run)
     data = open_dataset(None, fixed, samples=_batch(fixed, batch), batch_size=batch, seed=seed, shuffle=False)
     return next(iter(data)).inputs
 

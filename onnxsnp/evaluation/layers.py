@@ -21,7 +21,8 @@ from onnx import NodeProto, helper
 from onnxsnp.evaluation.latency import bench_inputs, rounds_for
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
-from onnxsnp.graph.ir import Graph, graph_inputs
+from onnxsnp.graph.inputs import graph_inputs
+from onnxsnp.graph.ir import Graph
 from onnxsnp.surgery.rewrite import Cut, cut_graph
 
 if TYPE_CHECKING:

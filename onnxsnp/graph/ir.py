@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from onnxsnp.errors import ModelError
-from onnxsnp.runtime import InputSpec, open_session
+from onnxsnp.runtime import open_session, readable_errors
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -246,6 +246,7 @@ class SharedSession:
 
         Raises:
             KeyError: a weight that is not fed (see `session`) cannot be replaced.
+            ModelError: onnxruntime refused the inputs or failed in a node.
         """
         names = list(outputs) if outputs is not None else [value.name for value in self._session.get_outputs()]
         if weights and weights.keys() - self._weights.keys():
@@ -253,7 +254,8 @@ class SharedSession:
         values = {
             name: self._wrap(np.asarray(array, order="C")) for name, array in [*feeds.items(), *(weights or {}).items()]
         }
-        return [value.numpy() for value in self._session.run_with_ort_values(names, {**self._weights, **values})]
+        with readable_errors(feeds):
+            return [value.numpy() for value in self._session.run_with_ort_values(names, {**self._weights, **values})]
 
 
 def subgraph_reads(node: NodeProto) -> list[str]:
@@ -267,23 +269,6 @@ def subgraph_reads(node: NodeProto) -> list[str]:
                 local.update(inner.output)
             reads.extend(value.name for value in graph.output if value.name not in local)
     return reads
-
-
-def graph_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> list[InputSpec]:
-    """The model's inputs, with sizes that were given filled in behind the batch."""
-    specs = []
-    for value in graph.shell.graph.input:
-        kind = value.type.tensor_type
-        sizes: list[int | str | None] = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
-        ]
-        given = (shapes or {}).get(value.name)
-        if given is not None:
-            sizes = [
-                size if isinstance(size, int) or axis == 0 else int(given[axis]) for axis, size in enumerate(sizes)
-            ]
-        specs.append(InputSpec(value.name, tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))))
-    return specs
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from onnxsnp.errors import ModelError
+from onnxsnp.graph.inputs import id_bounds
 from onnxsnp.graph.ir import Graph, subgraph_reads
+from onnxsnp.runtime import symbol_size
 
 _SHAPE_OPS = {"Shape", "Size"}
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -134,11 +137,13 @@ def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[
                     found.append(dim.dim_value)
                 elif axis == 0:
                     found.append((2, 1)[run])
-                else:
-                    key = dim.dim_param or f"{value.name}.{axis}"
-                    base = int(given[axis]) if given is not None else _IMAGE if len(dims) == 4 else _SEQUENCE
-                    start = first.setdefault(key, base)
+                elif given is not None:
+                    start = first.setdefault(dim.dim_param or f"{value.name}.{axis}", int(given[axis]))
                     found.append(start + (0, 32 if len(dims) == 4 else 8)[run])
+                else:
+                    base, step = (_IMAGE, 32) if len(dims) == 4 else (_SEQUENCE, 8)
+                    size_of = partial(_size_of, first, base, step * run)
+                    found.append(symbol_size(dim.dim_param or f"{value.name}.{axis}", size_of))
             shapes[run][value.name] = tuple(found)
     if shapes[0] == shapes[1]:
         return shapes[:1]
@@ -149,9 +154,15 @@ def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[
     return [shapes[0], batch_only, shapes[1]]
 
 
+def _size_of(first: dict[str, int], base: int, more: int, symbol: str) -> int:
+    """The size of a symbol in a run; the first input that has it says what it is."""
+    return first.setdefault(symbol, base) + more
+
+
 def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     feeds = {}
+    bounds = id_bounds(graph)
     for value in graph.shell.graph.input:
         elem = value.type.tensor_type.elem_type
         if elem in (TensorProto.UNDEFINED, TensorProto.STRING):
@@ -163,7 +174,11 @@ def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
                 f"input '{value.name}' declares {shape}, too large to run", hint="give its sizes with --input-shape"
             )
         whole = np.dtype(dtype).kind in "iub"
-        feeds[value.name] = np.ones(shape, dtype) if whole else rng.standard_normal(shape).astype(dtype)
+        feeds[value.name] = (
+            np.full(shape, min(1, bounds.get(value.name, 2) - 1), dtype)
+            if whole
+            else rng.standard_normal(shape).astype(dtype)
+        )
     return feeds
 
 

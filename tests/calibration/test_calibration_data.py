@@ -372,11 +372,41 @@ def test_other_generated_inputs_follow_type_and_name() -> None:
     (batch,) = data
     ids, features = batch.inputs["input_ids"], batch.inputs["features"]
     assert ids.shape == (4, 128) and ids.min() >= 0 and 40 < ids.max() < 50
-    assert (batch.inputs["attention_mask"] == 1).all() and (batch.inputs["token_type_ids"] == 0).all()
+    assert (batch.inputs["token_type_ids"] == 0).all()
     assert batch.inputs["position_ids"][2].tolist() == list(range(128)) and batch.inputs["flag"].all()
     assert features.shape == (4, 6, 5) and abs(features.mean()) < 0.4 and 0.7 < features.std() < 1.3
     (short,) = open_dataset(None, specs, samples=4, sizes={"seq": 7})
     assert short.inputs["input_ids"].shape == (4, 7) and 100 < short.inputs["input_ids"].max() < 1000
+
+
+def test_generated_masks_are_whole_or_end_early_together_in_all_inputs_of_a_sample() -> None:
+    specs = [
+        spec("N", "seq", dtype="int64", name="attention_mask"),
+        spec("N", "seq", dtype="bool", name="src_key_padding_mask"),
+        spec("N", 1, "seq", "seq", dtype="int64", name="pair_mask"),
+        spec("N", "seq", dtype="float32", name="additive_mask"),
+    ]
+    (batch,) = open_dataset(None, specs, samples=8, batch_size=8, sizes={"seq": 40}, shuffle=False)
+    kept = batch.inputs["attention_mask"]
+    lengths = kept.sum(axis=1)
+    assert (kept == (np.arange(40) < lengths[:, None])).all()
+    assert (lengths[::2] == 40).all() and (lengths[1::2] >= 10).all() and len(set(lengths[1::2])) > 2
+    assert (batch.inputs["src_key_padding_mask"] == (kept == 0)).all()
+    assert (batch.inputs["pair_mask"] == 1).all() and (batch.inputs["additive_mask"] == 1).all()
+
+
+def test_generated_ids_lie_in_the_tables_that_the_inputs_index() -> None:
+    specs = [
+        InputSpec("input_ids", ("N", 30), np.dtype(np.int64), 7),
+        InputSpec("token_type_ids", ("N", 30), np.dtype(np.int64), 2),
+        InputSpec("segment_ids", ("N", 30), np.dtype(np.int64), 1),
+        InputSpec("position_ids", ("N", 30), np.dtype(np.int64), 20),
+    ]
+    (batch,) = open_dataset(None, specs, samples=4)
+    assert set(batch.inputs["input_ids"].ravel()) == set(range(7))
+    assert batch.inputs["token_type_ids"][0].tolist() == [0] * 20 + [1] * 10
+    assert (batch.inputs["segment_ids"] == 0).all()
+    assert batch.inputs["position_ids"][0].tolist() == [*range(20), *[19] * 10]
 
 
 def test_images_for_one_input_come_with_generated_values_for_the_others(tmp_path: Path) -> None:
