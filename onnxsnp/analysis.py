@@ -12,12 +12,13 @@ import onnx
 
 from onnxsnp import model as model_files
 from onnxsnp.evaluation.cost import CostModel, cost_model
-from onnxsnp.graph.dependency import Dependencies, analyse
+from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group, Structure, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear, find_linears
 from onnxsnp.graph.normalize import Normalized, as_graph, normalize
+from onnxsnp.graph.pairs import analyse_in_pairs
 from onnxsnp.graph.sharing import shared_matrices
 from onnxsnp.model import Model
 from onnxsnp.reconstruction.full import Rotations, find_rotations
@@ -98,7 +99,7 @@ def analyse_model(
     model = model_files.load(source)
     packed = normalize(model, input_shapes)
     normalized = unpack(packed)
-    dependencies = analyse(normalized.graph, normalized.shapes)
+    dependencies = analyse_in_pairs(normalized.graph, normalized.shapes)
     structure = find_groups(normalized.graph, dependencies)
     return Analysis(model, packed, normalized, structure, cost_model(normalized.graph, dependencies, normalized.single))
 
@@ -165,8 +166,8 @@ def _site(analysis: Analysis, index: int) -> dict[str, Any]:
     return {
         "name": site.name,
         "heads": heads,
-        "qk_size": found["qk"].size if found["qk"] else None,
-        "v_size": found["v"].size if found["v"] else None,
+        "qk_size": found["qk"].size * found["qk"].together if found["qk"] else None,
+        "v_size": found["v"].size * found["v"].together if found["v"] else None,
         "prunable": {kind: group is not None and group.prunable for kind, group in found.items()},
         "reasons": reasons,
     }
@@ -178,6 +179,7 @@ def _group(analysis: Analysis, group: Group) -> dict[str, Any]:
         "kind": group.kind,
         "size": group.size,
         "heads": group.heads,
+        "together": group.together,
         "params": round(analysis.cost.share("params", group.atom)),
         "macs": round(analysis.cost.share("macs", group.atom)),
         "prunable": group.prunable,

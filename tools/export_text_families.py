@@ -286,7 +286,7 @@ RECIPES = {
         partial(transformers_model, "LlamaForCausalLM", ("input_ids", "attention_mask"), ("logits",), **LLAMA),
         {"input_ids": IDS, "attention_mask": MASK},
         "LlamaForCausalLM (rotary positions, four query heads on two key heads, RMS norm, SwiGLU)",
-        "ts17_dyn dynamo18_dyn", DEPTH, BLOCKS | {"residual": 1},
+        "ts17_dyn dynamo18_dyn", DEPTH, BLOCKS | {"residual": 1}, {"head": "share keys and values"},
     ),
     "bart": Recipe(
         partial(transformers_model, "BartForConditionalGeneration",
@@ -415,7 +415,7 @@ def describe(recipe: Recipe, export: Export) -> dict[str, Any]:
         "groups": dict(recipe.groups),
     }
     if recipe.fixed:
-        found["fixed"] = {recipe.fixed}
+        found["fixed"] = dict(recipe.fixed)
     if recipe.skipped:
         found["skipped"] = list(recipe.skipped)
     return found

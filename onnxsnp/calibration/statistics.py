@@ -106,12 +106,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _Operand:
-    """Names of the added outputs for one operand of a score product, and the axes they are indexed by first."""
+    """Names of the added outputs for one operand of a score product, the axes they are indexed by first, its size."""
 
     gram: str
     mean: str
     tokens: str
     others: tuple[Axis, ...]
+    size: Axis
 
 
 def collect(
@@ -254,6 +255,7 @@ class _Scorer:
     def __init__(self, found: dict[str, np.ndarray], rank: int | None, threads: int | None) -> None:
         self._found, self._rank, self._threads = found, rank, threads
         self._waiting: dict[tuple[str, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._shapes: dict[str, tuple[list[int], int]] = {}  # of a head's neurons, and which of these axes is cut
         self._bytes = 0
 
     def add(
@@ -268,6 +270,8 @@ class _Scorer:
         grams = [_by_head(group, dependencies, values[side.gram], side) for side in (query, key)]
         grams[1] = per_query(grams[1], grams[0])
         name = (group.id, int(values[query.tokens]), int(values[key.tokens]))
+        atoms = dependencies.factors.atoms(query.size)
+        self._shapes[group.id] = [-1, *map(dependencies.size, atoms)], 1 + atoms.index(group.atom)
         self._waiting.setdefault(name, []).append((grams[0], grams[1]))
         self._bytes += grams[0].nbytes + grams[1].nbytes
         if self._bytes > _WAITING_BYTES:
@@ -285,7 +289,11 @@ class _Scorer:
 
     def _score(self, name: tuple[str, int, int]) -> np.ndarray:
         queries, keys = (np.concatenate(side) for side in zip(*self._waiting[name], strict=True))
-        return qk_scores(queries, keys, name[1], name[2], rank=self._rank, threads=1)
+        scores = qk_scores(queries, keys, name[1], name[2], rank=self._rank, threads=1)
+        shape, cut = self._shapes[name[0]]
+        apart = scores.reshape(shape)  # neurons that can only go together are worth what they are worth in sum
+        total: np.ndarray = apart.sum(axis=tuple(axis for axis in range(1, len(shape)) if axis != cut))
+        return total
 
 
 def _add_pairs(
@@ -396,7 +404,7 @@ class _Builder:
         count = self._node("Gather", [self._node("Shape", [tensor]), self._constant(np.asarray(token_at))])
         mean = self._mean(rows, rank - 2)
         self.outputs.extend([gram, mean, count])
-        return _Operand(gram, mean, count, axes)
+        return _Operand(gram, mean, count, axes, axis)
 
     def moments(self, tensor: str) -> tuple[list[str], str, str]:
         """XᵀX, Σx and the number of entries of an activation with its features last.

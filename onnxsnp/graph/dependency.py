@@ -55,14 +55,15 @@ class Dependencies:
         return [self.graph.edges[a, b]["node"] for a, b in pairwise(path)]
 
 
-def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Dependencies:
+def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[str] = frozenset()) -> Dependencies:
     """Run the rules, unify, and build the dependency graph.
 
     Args:
         graph: the model; it is not changed.
         shapes: size of every tensor (see `probe`).
+        blocks: nodes that are read as operators on blocks (see `blocks`).
     """
-    facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs)
+    facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs, blocks)
     tie_shared_weights(graph, facts)
     used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
     sizes: dict[Axis, int] = {

@@ -59,7 +59,7 @@ class Facts:
 
     `joins` are the operand tuples of additions of activations; `statistics` the axes normalisations run over; `virtual`
     the sizes of axes that exist only inside an operator (the heads of a 3-D Attention operand); `unread` the tensors
-    of which only the sizes are read.
+    of which only the sizes are read; `blocks` the nodes that take or join parts of an axis whose blocks go together.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -74,6 +74,7 @@ class Facts:
     joins: list[tuple[str, ...]] = field(default_factory=list)
     virtual: dict[Axis, int] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    blocks: frozenset[str] = frozenset()
     node: str = ""
 
     def rank(self, name: str) -> int:

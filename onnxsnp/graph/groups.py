@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from onnx import NodeProto
 
@@ -39,6 +40,7 @@ class Group:
         site: index of the attention site it belongs to.
         reasons: why it must not be cut; empty if it may be.
         further: indices of other sites with the same neurons, because they share weights or tables.
+        together: neurons of a head that each index stands for (2 where rotary positions turn them in pairs).
     """
 
     id: str
@@ -53,6 +55,7 @@ class Group:
     site: int | None = None
     reasons: tuple[str, ...] = ()
     further: tuple[int, ...] = ()
+    together: int = 1
 
     @property
     def sites(self) -> tuple[int, ...]:
@@ -207,7 +210,7 @@ class _Finder:
     def _site_groups(self, index: int, site: Site, taken: set[int]) -> list[Group]:
         groups = []
         for kind, axis in (("qk", site.query), ("v", site.value)):
-            atoms = [atom for atom in self.deps.atoms(*axis) if atom in self.producers]
+            atoms = self._sizes(axis)
             if len(atoms) != 1:
                 what = "contracted size" if kind == "qk" else "value size"
                 self.skipped.append(
@@ -217,7 +220,7 @@ class _Finder:
                         + (
                             "not produced by a projection (attention over channels or a computed operand)"
                             if not atoms
-                            else "several factors at once"
+                            else f"several factors at once{self._frozen_by(atoms)}"
                         ),
                     )
                 )
@@ -232,9 +235,12 @@ class _Finder:
                 continue
             taken.add(atom)
             self.kinds[atom] = kind
-            groups.append(self._group(f"{kind}.{index}", kind, atom, index, common))
+            whole = prod(map(self.deps.size, self.deps.atoms(*axis)))
+            group = self._group(f"{kind}.{index}", kind, atom, index, common)
+            groups.append(replace(group, together=whole // group.size))
         everywhere = [frozenset(self.deps.atoms(*axis)) for group in groups for axis in group.producers]
         beside = frozenset().union(*everywhere) - {group.atom for group in groups}
+        beside -= {atom for axis in (site.query, site.value) for atom in self.deps.atoms(*axis)}
         shared = beside.intersection(*everywhere)
         for number, atom in enumerate(sorted(beside, key=lambda atom: (atom not in shared, atom))):
             if atom in self.producers and atom not in taken:
@@ -244,6 +250,16 @@ class _Finder:
                 served = shared and atom not in shared
                 groups.append(replace(head, reasons=(*head.reasons, _SERVED)) if served else head)
         return groups
+
+    def _sizes(self, axis: Axis) -> list[int]:
+        """The factors of a contracted or kept axis that may be its size: those that can be cut, where some can."""
+        atoms = [atom for atom in self.deps.atoms(*axis) if atom in self.producers]
+        return [atom for atom in atoms if atom not in self.deps.frozen] or atoms
+
+    def _frozen_by(self, atoms: Sequence[int]) -> str:
+        """What keeps the first of some factors that is frozen as it is; empty if none is."""
+        found = [freeze for atom in atoms for freeze in self.deps.frozen.get(atom, [])]
+        return f", none of which can be cut: {found[0].reason} (at {found[0].node})" if found else ""
 
     def _common(self, atom: int) -> tuple[int, ...]:
         """Factors present in every tensor that has `atom`, in the order of the first producing weight."""

@@ -43,6 +43,7 @@ class Graph:
         weights: constant tensors by name (initializers and what Constant nodes held).
         origin: for a weight that was renamed when it stopped being shared, the name it had in the file.
         parts: for a weight that was taken out of a packed one, which part of which weight it is.
+        copies: for a node that was copied for one of the readers of what it computes, the name of the node it copies.
     """
 
     shell: onnx.ModelProto
@@ -50,6 +51,7 @@ class Graph:
     weights: dict[str, np.ndarray]
     origin: dict[str, str] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
     _open: dict[tuple[int | None, str], SharedSession] = field(default_factory=dict, repr=False, compare=False)
 
     def copy(self) -> Graph:
@@ -59,7 +61,7 @@ class Graph:
             clone = NodeProto()
             clone.CopyFrom(node)
             nodes.append(clone)
-        return Graph(self.shell, nodes, dict(self.weights), dict(self.origin), dict(self.parts))
+        return Graph(self.shell, nodes, dict(self.weights), dict(self.origin), dict(self.parts), dict(self.copies))
 
     @property
     def inputs(self) -> list[str]:

@@ -18,6 +18,7 @@ from onnx import NodeProto, helper, inliner, numpy_helper
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
 from onnxsnp.graph.probe import Probe, probe
+from onnxsnp.graph.tables import copy_tables
 from onnxsnp.model import Model
 
 _SMALL = 1024  # elements; a folded value larger than this must not be larger than what it was computed from
@@ -54,6 +55,7 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     base = as_graph(model)
     measured = probe(base, sizes)
     _fold(base, measured.constant)
+    copy_tables(base, measured)
     unshare(base)
     graph = base.copy()
     # sizes and scales only: a weight that a static batch makes invariant must stay where the exported graph has it

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxsnp.graph import products
+from onnxsnp.graph.blocks import tie_blocks
 from onnxsnp.graph.facts import Facts, Role, Select, axes_of
 from onnxsnp.graph.ir import attribute, subgraph_reads
 
@@ -26,9 +27,14 @@ def gather_facts(
     opset: int,
     inputs: Sequence[str],
     outputs: Sequence[str],
+    blocks: frozenset[str] = frozenset(),
 ) -> Facts:
-    """Apply the rules to every node; graph inputs and outputs are frozen, since callers see their sizes."""
-    facts = Facts(shapes, weights, opset)
+    """Apply the rules to every node; graph inputs and outputs are frozen, since callers see their sizes.
+
+    Args:
+        blocks: nodes that take parts of an axis, or join axes, of which equal blocks are to be tied (see `blocks`).
+    """
+    facts = Facts(shapes, weights, opset, blocks=blocks)
     facts.unread = _only_measured(nodes, outputs)
     for node in nodes:
         facts.node = node.name
@@ -176,10 +182,18 @@ def _expand(node: NodeProto, facts: Facts) -> None:
 def _take(node: NodeProto, facts: Facts, axis: int, parts: Sequence[tuple[str, int, int]], drops: bool) -> None:
     """Ties and selections of an operator that takes index ranges [start, stop) of one axis into its outputs."""
     data = node.input[0]
-    for output, start, stop in parts:
+    for output, _, _ in parts:
         for index in range(facts.rank(data)):
             if index != axis:
                 facts.same((data, index), (output, index - (drops and index > axis)))
+    ranges = [((output, axis), start) for output, start, _ in parts]
+    if (
+        node.name in facts.blocks
+        and not drops
+        and tie_blocks(facts, (data, axis), ranges, f"{node.op_type} takes parts")
+    ):
+        return
+    for output, start, stop in parts:
         if not drops:
             facts.freeze((output, axis), f"part of an axis taken by {node.op_type}")
         facts.selects.append(Select(node.name, data, axis, output, start, stop, drops))
@@ -220,6 +234,10 @@ def _slice(node: NodeProto, facts: Facts) -> None:
         axis = int(axes[cut[0]]) % rank
         size = facts.shapes[data][axis]
         start = min(max(int(starts[cut[0]]) + (size if starts[cut[0]] < 0 else 0), 0), size)
+        if node.name in facts.blocks and tie_blocks(
+            facts, (data, axis), [((output, axis), start)], "Slice takes parts"
+        ):
+            return
         facts.freeze((data, axis), "Slice takes part of it")
         facts.freeze((output, axis), "part of an axis taken by Slice")
         facts.selects.append(Select(node.name, data, axis, output, start, start + facts.shapes[output][axis]))
@@ -298,11 +316,17 @@ def _concat(node: NodeProto, facts: Facts) -> None:
     if len(node.input) == 1:
         _elementwise(node, facts)
         return
+    start, parts = 0, []
     for name in node.input:
         for index in range(facts.rank(output)):
             if index != axis:
                 facts.same((name, index), (output, index))
-        facts.freeze((name, axis), "Concat joins it to another axis")
+        parts.append(((name, axis), start))
+        start += facts.shapes[name][axis]
+    if node.name in facts.blocks and tie_blocks(facts, (output, axis), parts, "Concat joins parts"):
+        return
+    for part, _ in parts:
+        facts.freeze(part, "Concat joins it to another axis")
     facts.freeze((output, axis), "joined by Concat")
 
 

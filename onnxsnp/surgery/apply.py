@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 
 from onnxsnp.graph.axes import Axis
-from onnxsnp.graph.dependency import analyse
 from onnxsnp.graph.groups import Group, find_groups
 from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.pairs import analyse_in_pairs
 from onnxsnp.graph.sharing import identity
+from onnxsnp.graph.tables import merge_copies
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
 from onnxsnp.surgery.rewrite import Cut, cut_graph
 from onnxsnp.surgery.unpack import packed_sources, put_back, root_of, unpack
@@ -59,10 +60,12 @@ def apply(
     graph, dependencies, groups = analysis.graph, analysis.dependencies, analysis.groups
     if needed < packed_sources(graph).keys():
         part = unpack(analysis.packed, needed)
-        graph, dependencies = part.graph, analyse(part.graph, part.shapes)
+        graph, dependencies = part.graph, analyse_in_pairs(part.graph, part.shapes)
         # numbers in group names may differ where fewer projections are apart; what emits a group does not
         found = {(group.kind, group.producers): group for group in find_groups(graph, dependencies).groups}
-        groups = {entry.id: found[_emitters(analysis.groups[entry.id])] for entry in plan.groups}
+        groups = {
+            entry.id: found[_emitters(analysis.groups[entry.id])] for entry in plan.groups if entry.kept < entry.size
+        }
     local = as_cuts(plan, groups)
     cut = cut_graph(graph, dependencies, local, _as_packed(analysis.graph, graph, updates or {}))
     cut.drop_dead()
@@ -98,6 +101,7 @@ def finished(graph: Graph) -> Graph:
     """The graph as it is written: shared weights shared again, tensor shapes recorded."""
     graph = graph.copy()
     _share(graph)
+    merge_copies(graph)
     inferred = onnx.shape_inference.infer_shapes(graph.skeleton(), data_prop=True)
     shell = onnx.ModelProto()
     shell.CopyFrom(graph.shell)

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from onnxsnp.graph.dependency import Dependencies
-from onnxsnp.graph.ir import Graph, Namer, set_attribute
+from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute
 
 
 @dataclass(frozen=True)
@@ -284,4 +284,58 @@ def _fix_conv(
     return []
 
 
-_FIXES: dict[str, _Fix] = {"Reshape": _fix_reshape, "Expand": _fix_expand, "Conv": _fix_conv}
+def _fix_slice(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
+    """Bounds on a cut axis count blocks of it (see `graph.blocks`), so they shrink as the axis does."""
+    data = node.input[0]
+    shape, changed = dependencies.facts.shapes[data], _changed_axes(dependencies, data, sizes)
+    if not changed:
+        return []
+
+    def moved(bounds: np.ndarray, axes: np.ndarray) -> np.ndarray:
+        found = []
+        for bound, axis in zip(bounds.tolist(), (axes % len(shape)).tolist(), strict=True):
+            inside = axis in changed and -shape[axis] <= bound <= shape[axis]
+            found.append(bound * changed[axis] // shape[axis] if inside else bound)
+        return np.asarray(found, np.int64)
+
+    if len(node.input) < 2:  # before opset 10
+        axes = np.asarray(attribute(node, "axes") or range(len(attribute(node, "starts"))))
+        for name in ("starts", "ends"):
+            set_attribute(node, name, moved(np.asarray(attribute(node, name)), axes).tolist())
+        return []
+    count = dependencies.facts.shapes[node.input[1]][0]
+    axes = graph.weights[node.input[3]] if len(node.input) > 3 and node.input[3] else np.arange(count)
+    for slot in (1, 2):
+        if node.input[slot] in graph.weights:
+            bounds = graph.weights[node.input[slot]]
+            name = namer(f"{node.input[slot]}.cut")
+            graph.weights[name] = moved(bounds, axes).astype(bounds.dtype)
+            node.input[slot] = name
+    return []
+
+
+def _fix_split(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
+    axis = attribute(node, "axis", 0) % len(dependencies.facts.shapes[node.input[0]])
+    if axis not in _changed_axes(dependencies, node.input[0], sizes):
+        return []
+    fresh = [new_size(dependencies, name, axis, sizes) for name in node.output]
+    if len(node.input) > 1 and node.input[1]:
+        name = namer(f"{node.input[1]}.cut")
+        graph.weights[name] = np.asarray(fresh, np.int64)
+        node.input[1] = name
+    elif attribute(node, "split") is not None:
+        set_attribute(node, "split", fresh)
+    return []
+
+
+_FIXES: dict[str, _Fix] = {
+    "Reshape": _fix_reshape,
+    "Expand": _fix_expand,
+    "Conv": _fix_conv,
+    "Slice": _fix_slice,
+    "Split": _fix_split,
+}

@@ -200,8 +200,10 @@ def test_what_tells_query_and_key_neurons_apart_forbids_new_ones(name: str) -> N
     assert rotations(analysis) == (False, True), analysis.rotations
     sizes = proved(model)
     assert sizes["v.0"] == (SIZE, 4) and sizes["ffn.0"] == (20, 13)
-    if analysis.groups["qk.0"].prunable:
-        assert sizes["qk.0"] == (SIZE, 4)
+    group = analysis.groups["qk.0"]
+    assert group.size * group.together == SIZE and group.together == (2 if name == "rotary embedding" else 1)
+    if group.prunable:
+        assert sizes["qk.0"] == (group.size, 4 // group.together)
 
 
 def test_most_of_them_still_allow_a_selection() -> None:
@@ -210,8 +212,8 @@ def test_most_of_them_still_allow_a_selection() -> None:
         for name, hooks in PAIRS_BLOCKED.items()
         if not (analysis := analyse_model(attention(**hooks))).groups["qk.0"].prunable
     }
-    assert frozen.keys() == {"norm on query", "norm on key", "root mean square on both", "rotary embedding"}
-    assert all("normalisation" in frozen[name][0] for name in frozen if name != "rotary embedding")
+    assert frozen.keys() == {"norm on query", "norm on key", "root mean square on both"}
+    assert all("normalisation" in reasons[0] for reasons in frozen.values())
 
 
 @pytest.mark.parametrize("name", VALUES_BLOCKED)
