@@ -3,7 +3,8 @@
 Beside each `NAME.onnx` lies `NAME.json`, written by hand from the architecture:
 
 - `source`, `exporter`: where the file comes from.
-- `inputs`: by name `{"shape", "type"}`, and for integers `"below"` (exclusive); `"mask": true` marks a padding mask.
+- `inputs`: by name `{"shape", "type"}`, and for integers `"below"` (exclusive); `"mask": true` marks a padding mask;
+  `"length"` is an axis whose size is free and may be tried larger, the same in all inputs that have one.
 - `dynamic_batch`: the leading axis of every input is free.
 - `sites`: number of attention sites.
 - `groups`: number of prunable groups by kind; kinds that are not there are 0.
@@ -25,7 +26,10 @@ import onnx
 import pytest
 
 from onnxsnp.analysis import Analysis, analyse_model
+from onnxsnp.calibration.data import open_dataset
+from onnxsnp.calibration.lengths import settled
 from onnxsnp.evaluation.verify import difference, masked
+from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.planning.plan import Plan, as_cuts
 from onnxsnp.pruning import prune
@@ -50,12 +54,14 @@ def expected(name: str) -> dict[str, Any]:
     return found
 
 
-def feed(name: str, batch: int | None = None) -> dict[str, np.ndarray]:
-    """Random inputs that fit, the same for the same batch; `batch` replaces the leading axis."""
+def feed(name: str, batch: int | None = None, longer: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs that fit, the same for the same sizes; `batch` replaces the leading axis, lengths are `longer`."""
     rng = np.random.default_rng(batch or 0)
     found = {}
     for tensor, spec in expected(name)["inputs"].items():
-        shape = [batch, *spec["shape"][1:]] if batch else spec["shape"]
+        shape = [batch, *spec["shape"][1:]] if batch else list(spec["shape"])
+        if "length" in spec:
+            shape[spec["length"]] += longer
         if spec.get("mask"):
             array = np.ones(shape)
             array[0, shape[-1] - 1 :] = 0  # one sample is shorter
@@ -68,7 +74,10 @@ def feed(name: str, batch: int | None = None) -> dict[str, np.ndarray]:
 
 
 def feeds(name: str) -> list[dict[str, np.ndarray]]:
-    return [feed(name, 1), feed(name, 3)] if expected(name)["dynamic_batch"] else [feed(name)]
+    found = [feed(name, 1), feed(name, 3)] if expected(name)["dynamic_batch"] else [feed(name)]
+    if any("length" in spec for spec in expected(name)["inputs"].values()):
+        found.append(feed(name, longer=3))
+    return found
 
 
 def plan_for(name: str, kinds: tuple[str, ...]) -> Plan:
@@ -161,6 +170,18 @@ def test_planted_dead_neurons_are_found_and_cost_nothing(name: str) -> None:
     for inputs in feeds(name):
         for want, got in zip(graphs.run(model, inputs), graphs.run(result.model, inputs), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@every_file
+def test_generated_inputs_fit_the_model(name: str) -> None:
+    session = analysed(name).original.session(threads=1)
+    specs = settled(graph_inputs(analysed(name).graph), lambda inputs: session.run(None, inputs))
+    batches = list(open_dataset(None, specs, samples=4, batch_size=2))
+    assert all(np.isfinite(output).all() for batch in batches for output in session.run(None, batch.inputs))
+    for tensor, spec in expected(name)["inputs"].items():
+        values = np.concatenate([batch.inputs[tensor] for batch in batches])
+        assert "below" not in spec or values.max() < spec["below"]
+        assert not spec.get("mask") or set(np.unique(values)) == {0, 1}
 
 
 @every_file

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsnp.errors import ModelError
-from onnxsnp.runtime import InputSpec, input_specs, model_bytes, open_session, run_session
+from onnxsnp.runtime import InputSpec, input_specs, model_bytes, open_session, run_session, symbol_size
 
 
 def model_proto(element: int = TensorProto.FLOAT, op: str = "Identity") -> onnx.ModelProto:
@@ -125,3 +125,11 @@ def test_importing_the_readers_and_evaluation_does_not_import_the_heavy_librarie
     root = Path(__file__).resolve().parent.parent
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("symbol", "size"),
+    [("seq", 5), ("past + seq", 12), ("past+1", 8), ("2*seq + 3", 13), ("seq.1", 1), ("(seq - 1)//2", 1)],
+)
+def test_sums_and_products_of_symbols_are_computed_and_the_rest_is_one_symbol(symbol: str, size: int) -> None:
+    assert symbol_size(symbol, lambda name: {"seq": 5, "past": 7}.get(name, 1)) == size

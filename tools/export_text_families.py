@@ -61,10 +61,12 @@ class Input:
             return torch.randint(0, self.below, shape, generator=generator, dtype=getattr(torch, self.type))
         return torch.randn(shape, generator=generator)
 
-    def describe(self) -> dict[str, Any]:
-        """What the tests need to make it up."""
+    def describe(self, free: bool) -> dict[str, Any]:
+        """What the tests need to make it up; `free` sizes of the export may be tried larger."""
         found: dict[str, Any] = {"shape": list(self.shape), "type": self.type}
-        return found | ({"below": self.below} if self.below else {}) | ({"mask": True} if self.mask else {})
+        found |= {"below": self.below} if self.below else {}
+        found |= {"mask": True} if self.mask else {}
+        return found | ({"length": 1} if free and len(self.axes) > 1 else {})
 
 
 IDS = Input((2, TOKENS), below=VOCABULARY)
@@ -297,10 +299,11 @@ RECIPES = {
         {"qk": 3, "v": 3, "ffn": 2, "head": 3, "residual": 1},
     ),
     "whisper": Recipe(
-        partial(transformers_model, "WhisperForConditionalGeneration", ("input_features", "decoder_input_ids"),
-                ("logits",), **WHISPER),
+        partial(transformers_model, "WhisperForConditionalGeneration",
+                ("input_features", "decoder_input_ids", "decoder_attention_mask"), ("logits",), **WHISPER),
         {"input_features": Input((2, 10, 16), "float32", axes=("batch",)),
-         "decoder_input_ids": Input((2, 7), below=VOCABULARY, axes=("batch", "target"))},
+         "decoder_input_ids": Input((2, 7), below=VOCABULARY, axes=("batch", "target")),
+         "decoder_attention_mask": Input((2, 7), mask=True, axes=("batch", "target"))},
         "WhisperForConditionalGeneration (spectrogram front end, cross attention)", "ts17_dyn dynamo18_dyn", 3,
         {"qk": 3, "v": 3, "ffn": 2, "head": 3, "channel": 1, "residual": 2},
     ),
@@ -409,7 +412,7 @@ def describe(recipe: Recipe, export: Export) -> dict[str, Any]:
     found = {
         "source": f"{recipe.source} ({library})",
         "exporter": f"{export.exporter}, opset {export.opset}",
-        "inputs": {name: entry.describe() for name, entry in recipe.inputs.items()},
+        "inputs": {name: entry.describe(export.batch is None) for name, entry in recipe.inputs.items()},
         "dynamic_batch": export.batch is None,
         "sites": recipe.sites,
         "groups": dict(recipe.groups),

@@ -72,6 +72,9 @@ def find_rotations(analysis: Analysis) -> Rotations:
         if group.further:
             found.blocked[group.id] = "several attention sites have the same neurons"
             continue
+        if group.together > 1:
+            found.blocked[group.id] = "its neurons are turned in pairs"
+            continue
         if group.kind == "qk":
             _pair_site(analysis, group, found)
         elif group.kind == "v":

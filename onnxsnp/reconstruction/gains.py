@@ -36,7 +36,8 @@ def find_gains(analysis: Analysis) -> dict[str, GainSite]:
     """The query-key groups that cannot be rotated but whose pairs can be given gains, by group id."""
     found = {}
     for group in analysis.structure.groups:
-        if group.kind == "qk" and group.prunable and not group.further and group.id not in analysis.rotations.pairs:
+        alone = group.together == 1 and not group.further
+        if group.kind == "qk" and group.prunable and alone and group.id not in analysis.rotations.pairs:
             site = analysis.structure.sites[group.site or 0]
             gain = find_gain(group, site, analysis.graph, analysis.dependencies, analysis.linears)
             if gain is not None:

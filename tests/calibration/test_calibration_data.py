@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 import zipfile
@@ -269,6 +270,60 @@ def test_arrays_that_do_not_fit_say_what_was_expected_and_what_came(tmp_path: Pa
     np.savez(tmp_path / "d.npz", **content)
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path / "d.npz", PIXELS)
+
+
+TEXT = [
+    InputSpec("input_ids", ("N", "S"), np.dtype(np.int64), 30),
+    InputSpec("attention_mask", ("N", "S"), np.dtype(np.int64)),
+]
+IDS, MASK = np.arange(24).reshape(4, 6), np.ones((4, 6), np.int64)
+
+
+def test_a_folder_of_arrays_goes_by_file_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "input_ids.npy", IDS.astype(np.int32))
+    np.save(tmp_path / "attention_mask.npy", MASK.astype(bool))
+    np.save(tmp_path / "labels.npy", [3, 2, 1, 0])
+    (batch,) = open_dataset(tmp_path, TEXT, shuffle=False)
+    assert np.array_equal(batch.inputs["input_ids"], IDS) and batch.inputs["input_ids"].dtype == np.int64
+    assert np.array_equal(batch.inputs["attention_mask"], MASK) and batch.inputs["attention_mask"].dtype == np.int64
+    assert batch.labels is not None and batch.labels.tolist() == [3, 2, 1, 0]
+    specs = [InputSpec("model/ids:0", ("N", "S"), np.dtype(np.int64))]
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "model_ids_0.npy", IDS)
+    (batch,) = open_dataset(tmp_path / "other", specs, shuffle=False)
+    assert np.array_equal(batch.inputs["model/ids:0"], IDS)
+    (tmp_path / "other" / "model_ids_0.npy").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"cannot read an array from .*model_ids_0\.npy"):
+        open_dataset(tmp_path / "other", specs)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"input_ids": IDS}, r"got input_ids \(missing: attention_mask\)"),
+        ({"input_ids": IDS, "attention_mask": MASK, "x": MASK}, "got attention_mask, input_ids, x$"),
+        ({"input_ids": IDS * 1.0, "attention_mask": MASK}, r"input 'input_ids': expected .*, got float64\[4, 6\]"),
+        ({"input_ids": IDS + 10, "attention_mask": MASK}, "'input_ids' holds the id 33, but its table .* ends at 29"),
+        ({"input_ids": IDS - 100, "attention_mask": MASK}, "'input_ids' holds the id -100"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:, :5]},
+            "'S' the size 6 in input 'input_ids' and 5 in 'attention_m",
+        ),
+        ({"input_ids": IDS, "attention_mask": MASK[:3]}, "different numbers of samples: input_ids 4, attention_mask 3"),
+        ({"input_ids": IDS[0], "attention_mask": MASK}, r"does not fit input 'input_ids': .* got int64\[6\]"),
+    ],
+)
+def test_what_is_wrong_with_a_text_names_the_input(content: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(content, TEXT)
+    assert re.search(message, caught.value.message)
+
+
+def test_texts_come_from_an_iterator_of_dicts() -> None:
+    batches = ({"input_ids": IDS[[row]], "attention_mask": MASK[[row]]} for row in range(4))
+    (batch,) = open_dataset(batches, TEXT, samples=3, shuffle=False)
+    assert np.array_equal(batch.inputs["input_ids"], IDS[:3])
+    assert np.array_equal(batch.inputs["attention_mask"], MASK[:3])
 
 
 def test_integers_that_do_not_fit_the_input_type_are_refused() -> None:

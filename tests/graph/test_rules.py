@@ -455,3 +455,33 @@ def test_second_outputs_are_tied_or_frozen(op: str, shape: tuple[int, ...]) -> N
 
 def test_every_rule_takes_a_node_and_facts() -> None:
     assert all(callable(rule) for rule in RULES.values()) and len(RULES) > 80
+
+
+def test_an_entry_of_which_only_the_size_is_read_freezes_nothing() -> None:
+    shapes = {"x": (3, 2, 5), "y": (3, 2), "z": (2,)}
+    held = {"i": np.asarray(-1)}
+    nodes = [
+        helper.make_node("Gather", ["x", "i"], ["y"], name="take", axis=2),
+        helper.make_node("Shape", ["y"], ["z"], name="size"),
+    ]
+    facts = gather_facts(nodes, {**shapes, "i": ()}, held, 17, [], [])
+    assert not frozen(facts) and not facts.selects
+    assert tied(facts, ("x", 0), ("y", 0)) and tied(facts, ("x", 1), ("y", 1))
+    for index, outputs in (
+        (np.asarray(3), []),
+        (np.asarray(-1), ["y"]),
+    ):  # not there in a narrower one; read by callers
+        facts = gather_facts(nodes, {**shapes, "i": ()}, {"i": index}, 17, [], outputs)
+        assert ("x", 2) in frozen(facts)
+
+
+def test_gather_nd_looks_up_rows_and_keeps_the_columns() -> None:
+    facts = said("GatherND", {"i": (2, 7, 1), "y": (2, 7, 4), "w": (9, 4)}, ["w", "i"], ["y"], weights=("w",))
+    assert tied(facts, ("w", 1), ("y", 2)) and tied(facts, ("i", 1), ("y", 1))
+    assert frozen(facts) == {("w", 0), ("i", 2)} and roles(facts) == {("producer", ("w", 1))}
+
+
+def test_gather_nd_shares_its_batch_axes_with_the_data() -> None:
+    facts = said("GatherND", {"x": (2, 5, 6, 4), "i": (2, 3, 2), "y": (2, 3, 4)}, ["x", "i"], ["y"], batch_dims=1)
+    assert tied(facts, ("x", 0), ("y", 0)) and tied(facts, ("x", 3), ("y", 2)) and tied(facts, ("i", 1), ("y", 1))
+    assert frozen(facts) == {("x", 1), ("x", 2), ("i", 2)}
