@@ -64,7 +64,7 @@ def input_shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, .
         name = name or next(iter(inputs))
         if name not in inputs:
             raise PlanError(f"--input-shape names '{name}', the model's inputs are {', '.join(inputs)}")
-        fixed = [one.dim_value or None for one in inputs[name]]
+        fixed = [max(one.dim_value, 0) or None for one in inputs[name]]
         if any(want not in (None, got) for want, got in list(zip(fixed, shape, strict=False))[1:]):
             is_now = "×".join(str(one.dim_value or one.dim_param or "?") for one in inputs[name])
             raise PlanError(f"--input-shape '{text}' does not fit input '{name}', which is {is_now}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from onnxsnp.errors import OnnxSnpError
+from onnxsnp.errors import OnnxSnpError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,7 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}; check the disk and the paths"
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     return f"unexpected {type(error).__name__}: {text}; this is a bug, please report it with the output of --debug"
 
 

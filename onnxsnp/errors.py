@@ -21,7 +21,12 @@ class OnnxSnpError(Exception):
     def __str__(self) -> str:
         where = f" (at {self.node})" if self.node else ""
         hint = f"; {self.hint}" if self.hint else ""
-        return f"{self.message}{where}{hint}"
+        return one_line(f"{self.message}{where}{hint}")
+
+
+def one_line(text: str) -> str:
+    """A text that may quote a stranger's file: white space is single, control characters are spelled out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
 
 
 class ModelError(OnnxSnpError):

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
+from onnxsnp.atomic import whole_file
 from onnxsnp.errors import ModelError
+from onnxsnp.tensors import external_array, inline_array
+from onnxsnp.wellformed import check_model
 
 _PROTO_LIMIT = 2**31 - 2**20  # a protobuf message holds at most 2 GiB; leave room for the graph itself
 
@@ -31,12 +32,14 @@ class Model:
         weights: initializer values by name; read-only arrays.
         path: where it came from, if from a file.
         bytes: size of the file and its external data.
+        external: the files its external data lies in.
     """
 
     proto: onnx.ModelProto
     weights: dict[str, np.ndarray]
     path: Path | None
     bytes: int
+    external: frozenset[Path] = frozenset()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -75,88 +78,25 @@ def load(source: str | Path | onnx.ModelProto | Model) -> Model:
     return _from_proto(proto, path)
 
 
-def _from_proto(source: onnx.ModelProto, path: Path | None) -> Model:
-    proto = source
+def _from_proto(proto: onnx.ModelProto, path: Path | None) -> Model:
+    check_model(proto)
     size = path.stat().st_size if path else 0
     weights: dict[str, np.ndarray] = {}
+    external: set[Path] = set()
     for tensor in proto.graph.initializer:
         if tensor.name in weights:
             raise ModelError(f"two initializers share the name '{tensor.name}'", hint="export the model again")
         if tensor.data_location == TensorProto.EXTERNAL:
-            weights[tensor.name] = _external_array(tensor, path)
+            weights[tensor.name], file = external_array(tensor, path)
+            external.add(file)
             size += weights[tensor.name].nbytes
         else:
-            weights[tensor.name] = _inline_array(tensor)
+            weights[tensor.name] = inline_array(tensor)
     if path is None:
-        size = source.ByteSize()
+        size = proto.ByteSize()
     shell = onnx.ModelProto()
     shell.CopyFrom(_without_data(proto))
-    return Model(shell, weights, path, size)
-
-
-def _inline_array(tensor: TensorProto) -> np.ndarray:
-    expected = int(np.prod(tensor.dims, dtype=np.int64)) if tensor.dims else 1
-    if tensor.HasField("raw_data"):
-        item = _itemsize(tensor)
-        if item and len(tensor.raw_data) != expected * item:
-            raise ModelError(
-                f"initializer '{tensor.name}' declares {list(tensor.dims)} but holds {len(tensor.raw_data)} bytes",
-                hint="the file is damaged; export it again",
-            )
-    try:
-        return numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"initializer '{tensor.name}' cannot be read: {error}", hint="the file is damaged; export it again"
-        ) from error
-
-
-def _itemsize(tensor: TensorProto) -> int:
-    """Bytes of one element, 0 for types that are packed below a byte or have no fixed size."""
-    if (
-        tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED)
-        or "4" in TensorProto.DataType.Name(tensor.data_type)[-1:]
-    ):
-        return 0
-    try:
-        return int(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize)
-    except KeyError:
-        return 0
-
-
-def _external_array(tensor: TensorProto, path: Path | None) -> np.ndarray:
-    """Map a tensor's external data read-only, after checking that it lies inside the model's own folder."""
-    if path is None:
-        raise ModelError(
-            f"initializer '{tensor.name}' lies in an external file, but the model has no path",
-            hint="load it from its file",
-        )
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    folder = path.resolve().parent
-    target = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or folder not in target.parents:
-        raise ModelError(
-            f"initializer '{tensor.name}' points outside the model's folder: '{location}'",
-            hint="external data must lie beside the model",
-        )
-    if not target.is_file():
-        raise ModelError(f"external data file is missing: {folder / location}", hint="copy it beside the model")
-    try:
-        offset = int(entries.get("offset", "0"))
-    except ValueError as error:
-        raise ModelError(f"initializer '{tensor.name}' has a bad offset '{entries['offset']}'") from error
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    shape = tuple(int(size) for size in tensor.dims)
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if offset < 0 or min(shape, default=0) < 0 or offset + needed > target.stat().st_size:
-        raise ModelError(
-            f"external data of '{tensor.name}' is {needed} bytes at {offset}, more than {target.name} holds",
-            hint="the file is truncated; copy it again",
-        )
-    if needed == 0:
-        return np.zeros(shape, dtype)
-    return np.memmap(target, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return Model(shell, weights, path, size, frozenset(external))
 
 
 def _without_data(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -182,37 +122,22 @@ def _copy_field(target: object, entry: object, value: object) -> None:
         setattr(target, name, value)
 
 
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Write to a temporary file beside `path`, which takes its place only if the block ends without an error.
+def check_output(model: Model, path: str | Path) -> None:
+    """Refuse an output that would take the place of the model's own weights (they are read while it is written).
 
     Raises:
-        ModelError: the folder is missing or cannot be written to.
+        ModelError: with the name.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelError(f"output folder does not exist: {target.parent}", hint="create it first")
-    if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "not a regular file"
-        raise ModelError(f"output {target} is {what}", hint="give a file name")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write into {target.parent}: {error.strerror}", hint="choose another output with -o"
-        ) from error
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
-        os.replace(part, target)
-    except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}", hint="nothing was left behind") from error
-    finally:
-        part.unlink(missing_ok=True)
+    for name in [target.name, target.with_suffix(".json").name, *_data_names(target)]:
+        own = target.with_name(name)
+        if own.exists() and any(own.samefile(file) for file in model.external if file.exists()):
+            raise ModelError(f"the output {own} would overwrite weights of the input", hint="give another name with -o")
+
+
+def _data_names(target: Path) -> list[str]:
+    """Where the weights of a model of more than 2 GiB may lie."""
+    return [f"{target.name}.data", f"{target.name}.2.data"]
 
 
 def save(
@@ -220,6 +145,7 @@ def save(
     path: str | Path,
     check: Callable[[Path], None] | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
+    ready: Callable[[int], None] | None = None,
 ) -> int:
     """Write a model whole or not at all; models over 2 GiB get their weights in `<name>.data` beside them.
 
@@ -227,28 +153,69 @@ def save(
         proto: the model.
         check: called with the written file before it takes its place; if it raises, nothing is left behind.
         weights: initializers that `proto` does not hold yet; they go to the file one by one, never all in one message.
+        ready: called last before the file takes its place, with the bytes written.
 
     Returns:
         Bytes written.
     """
     target = Path(path)
     held = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    if held + sum(array.nbytes for array in (weights or {}).values()) < _PROTO_LIMIT:
+    if held + sum(array.nbytes for array in (weights or {}).values()) >= _PROTO_LIMIT:
+        return _save_apart(proto, target, weights or {}, partial(_finish, check, ready))
+    with whole_file(target) as part:
+        with open(part, "wb") as stream:
+            _write_message(proto, weights or {}, stream)
+        return _finish(check, ready, part, 0)
+
+
+def _finish(check: Callable[[Path], None] | None, ready: Callable[[int], None] | None, part: Path, beside: int) -> int:
+    """What is done with a file that is complete; `beside` are the bytes of its external data."""
+    if check is not None:
+        check(part)
+    size = part.stat().st_size + beside
+    if ready is not None:
+        ready(size)
+    return size
+
+
+def _save_apart(
+    proto: onnx.ModelProto, target: Path, weights: Mapping[str, np.ndarray], finish: Callable[[Path, int], int]
+) -> int:
+    """Write the weights to a file of their own, then the model.
+
+    Two files cannot be replaced at one moment. So the weights go under a name that the model there now does not use;
+    the model that takes its place points to the new ones, and only then do the old ones go.
+    """
+    names = _data_names(target)
+    in_use = _locations(target) if any(target.with_name(name).exists() for name in names) else set()
+    data = target.with_name(next(name for name in names if name not in in_use))
+    shell = onnx.ModelProto()
+    shell.CopyFrom(_without_data(proto))
+    with whole_file(data) as part, open(part, "wb") as stream:
+        for tensor in proto.graph.initializer:
+            shell.graph.initializer.append(_moved_out(tensor, stream, data.name))
+        for name, array in weights.items():
+            tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
+            shell.graph.initializer.append(_moved_out(tensor, stream, data.name))
+    try:
         with whole_file(target) as part:
-            with open(part, "wb") as stream:
-                _write_message(proto, weights or {}, stream)
-            if check is not None:
-                check(part)
-        return target.stat().st_size
-    for name, array in (weights or {}).items():
-        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
-    data = target.with_name(target.name + ".data")
-    with whole_file(data) as data_part, whole_file(target) as part:
-        with open(data_part, "wb") as stream:
-            for tensor in proto.graph.initializer:
-                _move_out(tensor, stream, data.name)
-        part.write_bytes(proto.SerializeToString())
-    return target.stat().st_size + data.stat().st_size
+            part.write_bytes(shell.SerializeToString())
+            size = finish(part, data.stat().st_size)
+    except BaseException:
+        data.unlink(missing_ok=True)
+        raise
+    for name in in_use.intersection(names):
+        target.with_name(name).unlink(missing_ok=True)
+    return size
+
+
+def _locations(path: Path) -> set[str]:
+    """The external files that a model names; none if there is no readable model."""
+    try:
+        graph = onnx.load(str(path), format="protobuf", load_external_data=False).graph
+    except (OSError, DecodeError):
+        return set()
+    return {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
 
 
 _GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
@@ -299,13 +266,16 @@ def give_back() -> None:
             trim(0)
 
 
-def _move_out(tensor: TensorProto, stream: object, location: str) -> None:
-    raw = tensor.raw_data
-    if len(raw) < 1024:
-        return
-    offset = stream.tell()  # type: ignore[attr-defined]
-    stream.write(raw)  # type: ignore[attr-defined]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(len(raw)))):
-        tensor.external_data.add(key=key, value=value)
+def _moved_out(tensor: TensorProto, stream: BinaryIO, location: str) -> TensorProto:
+    """A tensor whose values, unless they are few, were written to the stream."""
+    moved = TensorProto()
+    if len(tensor.raw_data) < 1024:
+        moved.CopyFrom(tensor)
+        return moved
+    moved.name, moved.data_type, moved.data_location = tensor.name, tensor.data_type, TensorProto.EXTERNAL
+    moved.dims.extend(tensor.dims)
+    offset = stream.tell()
+    stream.write(tensor.raw_data)
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(len(tensor.raw_data)))):
+        moved.external_data.add(key=key, value=value)
+    return moved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from onnxsnp.analysis import Analysis, analyse_model
+from onnxsnp.atomic import whole_file
 from onnxsnp.batches import chain, first, proof_feeds, split
 from onnxsnp.calibration.changes import IMAGES, AttentionChange, measure_changes
 from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
@@ -30,7 +31,7 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.probabilities import AttentionPath
-from onnxsnp.model import Model, give_back, whole_file
+from onnxsnp.model import Model, check_output, give_back
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
 from onnxsnp.planning.automatic import allocate
@@ -126,6 +127,8 @@ class _Run:
         """All stages in order; what each needs is measured before anything is cut, and nothing is written unproved."""
         with self.stage("analyse"):
             analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
+            if output is not None:
+                check_output(analysis.model, output)
             mark = fingerprint(analysis.model)
         plan = self._given_plan(analysis, mark)
         if plan is None and self.options.allocation == "auto" and self.options.of == "latency":
@@ -160,11 +163,11 @@ class _Run:
         del applied
         json.dumps(record, allow_nan=False)  # before anything is written: a record that cannot be is no result
         feeds = proof_feeds(analysis.graph, sample)[:1]
-        with whole_file(Path(output).with_suffix(".json")) if output is not None else nullcontext() as part:
-            build = self._write(record, analysis, graph, feeds, output)
-            record["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
-            if part is not None:
-                part.write_text(json.dumps(record, indent=1, allow_nan=False))
+        if output is not None:
+            return PruneResult(plan, record, self._write(record, analysis, graph, feeds, Path(output)))
+        build = builder(analysis, graph)
+        record["after"]["bytes"] = build().ByteSize()
+        record["seconds"] = self._rounded()
         return PruneResult(plan, record, build)
 
     def _given_plan(self, analysis: Analysis, mark: str) -> Plan | None:
@@ -463,18 +466,27 @@ class _Run:
         analysis: Analysis,
         graph: Graph | None,
         feeds: list[dict[str, np.ndarray]],
-        output: str | Path | None,
+        output: Path,
     ) -> Callable[[], onnx.ModelProto]:
-        """Write the model, if it is to be written; return how to get it again."""
-        if output is None:
-            build = builder(analysis, graph)
-            record["after"]["bytes"] = build().ByteSize()
-            return build
-        with self.stage("write"):
+        """Write model and record; return how to get the model again.
+
+        The record is on the disk before the model takes its place: what can fail has happened by then.
+        """
+        with self.stage("write"), whole_file(output.with_suffix(".json")) as part:
+            start = time.perf_counter()
+
+            def describe(size: int) -> None:
+                record["after"]["bytes"] = size
+                record["seconds"] = self._rounded() | {"write": round(time.perf_counter() - start, 3)}
+                part.write_text(json.dumps(record, indent=1, allow_nan=False))
+
             record["output"] = str(output)
             opened = {"threads": self.options.threads, "provider": self.options.provider}
-            record["after"]["bytes"] = write_model(analysis, graph, feeds, output, **opened)
+            write_model(analysis, graph, feeds, output, describe, **opened)
         return partial(onnx.load, str(output))
+
+    def _rounded(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in self.seconds.items()}
 
     def _compare(self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch]) -> None:
         """Run original and cut model side by side: on held-back samples, and on labelled data if there is any."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from onnxsnp.errors import ModelError
+from onnxsnp.limits import bound_memory
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -119,6 +120,7 @@ def open_session(
     prepack: bool = True,
     arena: bool = True,
     external: Mapping[str, ort.OrtValue] | None = None,
+    bounded: bool = False,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
 
@@ -131,6 +133,7 @@ def open_session(
         arena: False returns the memory of activations after each run; with many sessions what each keeps is more than
             the model.
         external: values of initializers that a serialized model declares as external data.
+        bounded: runs fail when they need more memory than `onnxsnp.limits.memory_limit`.
 
     Raises:
         ModelError: the file is missing, is not valid ONNX, uses operators that cannot run, or the provider is not
@@ -146,6 +149,9 @@ def open_session(
     options.enable_cpu_mem_arena = arena
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if bounded:
+        bound_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if external:
         options.add_external_initializers(list(external), list(external.values()))
     try:
@@ -153,7 +159,7 @@ def open_session(
             model if isinstance(model, bytes) else str(model), options, providers=_provider_list(provider)
         )
     except _runtime_errors() as error:
-        raise ModelError(f"onnxruntime cannot open {describe_model(model)}: {_one_line(error)}") from error
+        raise ModelError(f"onnxruntime cannot open {describe_model(model)}: {first_line(error)}") from error
     if session.get_providers()[0] != _PROVIDERS[provider]:
         raise ModelError(
             f"onnxruntime could not start {_PROVIDERS[provider]} for {describe_model(model)} and fell back to "
@@ -180,7 +186,7 @@ def readable_errors(inputs: Mapping[str, np.ndarray]) -> Iterator[None]:
         yield
     except _runtime_errors() as error:
         fed = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
-        raise ModelError(f"the model failed on inputs {fed}: {_one_line(error)}") from error
+        raise ModelError(f"the model failed on inputs {fed}: {first_line(error)}") from error
 
 
 def describe_model(model: object) -> str:
@@ -243,7 +249,8 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError)
 
 
-def _one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what onnxruntime or onnx says."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : ", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:400] if lines else type(error).__name__

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 
 from onnxsnp.analysis import Analysis
+from onnxsnp.atomic import whole_file
 from onnxsnp.evaluation.verify import check_file, tolerance
 from onnxsnp.graph.ir import Graph
-from onnxsnp.model import Model, give_back, save, whole_file
+from onnxsnp.model import Model, give_back, save
 from onnxsnp.surgery.apply import finished, to_model
 
 
@@ -27,12 +28,14 @@ def write_model(
     graph: Graph | None,
     feeds: Sequence[Mapping[str, np.ndarray]],
     output: str | Path,
+    ready: Callable[[int], None] | None = None,
     **session: Any,
 ) -> int:
     """Write the model (the original if `graph` is None) and run the written file.
 
     Args:
         feeds: inputs on which the file must give what the graph gives.
+        ready: called last before the file takes its place, with its size in bytes.
         session: threads and provider.
 
     Returns:
@@ -48,11 +51,11 @@ def write_model(
         check = partial(check_file, expected, feeds, tolerance(graph.weights))
         del opened
         graph.close()
-        ready = finished(graph)
-        proto, weights = ready.bare_proto(), ready.weights
+        done = finished(graph)
+        proto, weights = done.bare_proto(), done.weights
     analysis.original.close()
     give_back()
-    return save(proto, output, check, weights)
+    return save(proto, output, check, weights, ready)
 
 
 def write_record(text: str, path: str | Path) -> None:

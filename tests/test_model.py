@@ -267,7 +267,6 @@ def test_models_over_the_limit_get_their_weights_beside_them(
     assert same_weights(graphs.initializers(onnx.load(str(path))), weights)
 
 
-@pytest.mark.xfail(strict=True, reason="the check is made only of models that fit one file")
 def test_models_over_the_limit_are_checked_too(
     model: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

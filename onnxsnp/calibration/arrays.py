@@ -9,7 +9,10 @@ An extra array called `labels` holds the class index of every sample.
 
 from __future__ import annotations
 
+import lzma
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +27,24 @@ from onnxsnp.runtime import InputSpec
 LABELS = "labels"
 MAX_EXPANSION = 200
 _EXPANSION_FREE = 2**30
+# What numpy and zipfile raise on damaged files; numpy reads a header with Python's own parser.
+_BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    SyntaxError,
+    NotImplementedError,
+    RecursionError,
+    struct.error,
+    tokenize.TokenError,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 Arrays = dict[str, np.ndarray]
 
 
@@ -75,7 +96,7 @@ def read_array_file(path: Path, specs: Sequence[InputSpec]) -> ArraySource:
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
         content = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError) as error:
+    except _BROKEN as error:
         said = str(error) if "pickle" not in str(error) else "it holds no plain arrays"
         raise DataError(f"cannot read arrays from {path}: {said}", hint="save it with numpy.save or savez") from error
     arrays, labels = _checked(content, specs, str(path))

@@ -7,7 +7,9 @@ the archive's expansion, pixels per picture, and only plain raster formats are o
 from __future__ import annotations
 
 import io
+import lzma
 import os
+import stat
 import struct
 import threading
 import zipfile
@@ -42,6 +44,7 @@ _BROKEN = (
     NotImplementedError,
     struct.error,
     zlib.error,
+    lzma.LZMAError,
     zipfile.BadZipFile,
 )
 
@@ -124,10 +127,12 @@ def open_image(data: bytes, name: str) -> Image.Image:
         DataError: more than `MAX_PIXELS` pixels; nothing was decoded.
         OSError and others of Pillow: the bytes are damaged.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise OSError("not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"image {name} is too large to decode safely: {error}", hint="remove it") from error
     if image.width * image.height > MAX_PIXELS:
@@ -153,7 +158,10 @@ def folder_reader(folder: Path) -> Callable[[str], bytes]:
 
     def read(name: str) -> bytes:
         path = folder / name
-        _check_size(path.stat().st_size, f"{path}")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe or a device has no end
+            raise OSError("not a regular file")
+        _check_size(about.st_size, f"{path}")
         return path.read_bytes()
 
     return read

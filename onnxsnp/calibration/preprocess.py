@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_IMAGE_SIZE = 224
 MAX_PIXELS = 89_478_485  # of one picture, decoded or resized: Pillow's own threshold for a decompression bomb
+MAX_SIDE = 2**15
 _DIRECT_BELOW = 100
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _COLORS = ("RGB", "BGR")
@@ -69,8 +70,8 @@ class Preprocess:
         if min(self.std) <= 0:
             raise DataError(f"preprocessing std must be above 0, got {min(self.std)}")
         for name, value in (("resize", self.resize), ("crop", self.crop)):
-            if value is not None and value < 1:
-                raise DataError(f"preprocessing {name} must be 1 or more pixels, got {value}")
+            if value is not None and not 1 <= value <= MAX_SIDE:
+                raise DataError(f"preprocessing {name} must be 1 to {MAX_SIDE} pixels, got {value}")
         _require("interpolation", self.interpolation, _INTERPOLATIONS)
         _require("color", self.color, _COLORS)
 
@@ -247,7 +248,7 @@ def _from_toml(path: Path) -> Preprocess:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read preprocessing file {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise DataError(f"preprocessing file {path} is not valid TOML: {error}") from error
     known = [field.name for field in fields(Preprocess)]
     for key in table:
@@ -259,7 +260,7 @@ def _from_toml(path: Path) -> Preprocess:
 
 
 _TOML_FIELDS: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
-    "numbers": ("a number or a list of numbers", lambda v: bool(_numbers(v)), lambda v: _numbers(v)),
+    "numbers": ("a number or a list of numbers", lambda v: _are_numbers(v), lambda v: _numbers(v)),
     "number": ("a number", lambda v: _is_number(v), float),
     "pixels": ("a whole number of pixels", lambda v: _is_number(v) and isinstance(v, int), int),
     "text": ("text", lambda v: isinstance(v, str), str),
@@ -271,16 +272,23 @@ def _toml_value(key: str, value: Any, path: Path) -> Any:
     expected, accepts, convert = _TOML_FIELDS[_TOML_KINDS.get(key, "text")]
     if not accepts(value):
         raise DataError(f"{key!r} in preprocessing file {path} must be {expected}, got {value!r}")
-    return convert(value)
+    try:
+        return convert(value)
+    except OverflowError as error:
+        raise DataError(f"{key!r} in preprocessing file {path} is too large a number") from error
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
+def _are_numbers(value: Any) -> bool:
     items = value if isinstance(value, list) else [value]
-    return tuple(float(item) for item in items) if all(_is_number(item) for item in items) else ()
+    return bool(items) and all(_is_number(item) for item in items)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    return tuple(float(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def _per_channel(values: Sequence[float], channels: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from onnx import NodeProto, helper
 from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, SharedSession, attribute
-from onnxsnp.runtime import open_session, run_session
+from onnxsnp.runtime import first_line, open_session, run_session
 from onnxsnp.surgery.rewrite import Cut, mask_weights
 from onnxsnp.surgery.unpack import put_back
 
@@ -155,12 +155,13 @@ def prove(
 
     Raises:
         VerificationError: it is not, or a difference that round-off does not explain.
+        ModelError: the model was not valid before it was cut either.
     """
     if not applied.cuts:
         return Verification(True, 0.0, 0.0, ("nothing was cut; the model is the original",))
     limit = tolerance(analysis.graph.weights)
-    checks = check_graph(applied.graph)
     base = analysis.normalized.base
+    checks = _checked(base, applied.graph)
     gap = _gap(partial(analysis.original.opened, threads, provider), _as_written(base, threads), feeds)
     if gap > limit:
         raise VerificationError(
@@ -179,6 +180,19 @@ def prove(
     return Verification(True, error, gap, tuple(checks))
 
 
+def _checked(base: Graph, cut: Graph) -> list[str]:
+    """The checks that a cut graph passed; if it does not, the fault may be the model's own."""
+    try:
+        return check_graph(cut)
+    except VerificationError as error:
+        try:
+            check_graph(base)
+        except VerificationError as before:
+            said = before.message.replace("the cut model", "the model")
+            raise ModelError(said, hint="its declarations contradict what it computes; export it again") from error
+        raise
+
+
 def check_graph(graph: Graph) -> list[str]:
     """The ONNX checker and strict shape inference.
 
@@ -189,9 +203,9 @@ def check_graph(graph: Graph) -> list[str]:
     try:
         onnx.checker.check_model(proto, full_check=False)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise VerificationError(
-            f"the cut model is not valid ONNX: {str(error).splitlines()[0]}",
+            f"the cut model is not valid ONNX: {first_line(error)}",
             hint="please report this; nothing was written",
         ) from error
     return ["checker", "strict shape inference"]
@@ -244,7 +258,7 @@ def _gap(
     except ModelError as error:
         raise VerificationError(f"the cut model does not run: {error.message}") from error
     except Exception as error:  # onnxruntime has no exception type of its own for a failed run
-        raise VerificationError(f"the cut model does not run: {str(error).splitlines()[0]}") from error
+        raise VerificationError(f"the cut model does not run: {first_line(error)}") from error
     return largest_gap(runs)
 
 

@@ -27,7 +27,7 @@ def graph_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None
     for value in graph.shell.graph.input:
         kind = value.type.tensor_type
         sizes: list[int | str | None] = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
+            dim.dim_value if dim.dim_value > 0 else dim.dim_param or None for dim in kind.shape.dim
         ]
         given = (shapes or {}).get(value.name)
         if given is not None:

@@ -151,6 +151,7 @@ class Graph:
         provider: str = "cpu",
         optimize: bool = True,
         feed: Collection[str] = (),
+        bounded: bool = False,
     ) -> SharedSession:
         """Open this graph in onnxruntime without copying its weights.
 
@@ -158,6 +159,7 @@ class Graph:
             outputs: tensor names to return instead of the model's own outputs.
             optimize: False keeps every tensor of the graph as it is written (no fusion).
             feed: weights that must be replaceable in `SharedSession.run`, however small they are.
+            bounded: runs may not use all of the machine's memory.
 
         Raises:
             ModelError: onnxruntime refuses the graph.
@@ -168,7 +170,12 @@ class Graph:
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         shared = {name: array for name, array in self.weights.items() if _is_fed(array) or name in feed}
         session = open_session(
-            model.SerializeToString(), threads=threads, provider=provider, optimize=optimize, arena=False
+            model.SerializeToString(),
+            threads=threads,
+            provider=provider,
+            optimize=optimize,
+            arena=bounded,  # the bound is the arena's
+            bounded=bounded,
         )
         return SharedSession(session, shared)
 
@@ -243,6 +250,7 @@ class SharedSession:
         outputs: Sequence[str] | None,
         feeds: Mapping[str, np.ndarray],
         weights: Mapping[str, np.ndarray] | None = None,
+        options: ort.RunOptions | None = None,
     ) -> list[np.ndarray]:
         """Outputs by name, or all of them in order; `weights` stand in for the graph's own in this run.
 
@@ -257,7 +265,8 @@ class SharedSession:
             name: self._wrap(np.asarray(array, order="C")) for name, array in [*feeds.items(), *(weights or {}).items()]
         }
         with readable_errors(feeds):
-            return [value.numpy() for value in self._session.run_with_ort_values(names, {**self._weights, **values})]
+            found = self._session.run_with_ort_values(names, {**self._weights, **values}, options)
+            return [value.numpy() for value in found]
 
 
 def subgraph_reads(node: NodeProto) -> list[str]:

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, inliner, numpy_helper
+from onnx import AttributeProto, NodeProto, helper, inliner
 
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
 from onnxsnp.graph.probe import Probe, probe
 from onnxsnp.graph.tables import copy_tables
 from onnxsnp.model import Model
+from onnxsnp.runtime import first_line
+from onnxsnp.tensors import inline_array
+from onnxsnp.wellformed import check_graph, subgraphs
 
 _SMALL = 1024  # elements; a folded value larger than this must not be larger than what it was computed from
 
@@ -80,7 +83,7 @@ def as_graph(model: Model) -> Graph:
     """The model as a `Graph` with inlined functions, named nodes, and constants as weights."""
     proto = model.proto
     if proto.functions:
-        proto = inliner.inline_local_functions(proto)
+        proto = _inlined(proto)
     shell = onnx.ModelProto()
     shell.CopyFrom(proto)
     nodes = list(shell.graph.node)
@@ -94,6 +97,7 @@ def as_graph(model: Model) -> Graph:
     for node in nodes:
         for slot, name in enumerate(node.input):
             node.input[slot] = alias.get(name, name)
+        _trim(node)
     nodes = topological(nodes, [*weights, *(value.name for value in inputs)])
     graph = Graph(shell, nodes, weights)
     namer = Namer(set())
@@ -107,7 +111,33 @@ def as_graph(model: Model) -> Graph:
     if missing:
         raise ModelError(f"nothing computes the model's output '{missing[0]}'", hint="export the model again")
     graph.drop_dead()
+    if not graph.nodes:
+        raise ModelError("no operator computes an output of the model", hint="export the model again")
     return graph
+
+
+def _trim(node: NodeProto) -> None:
+    """Drop omitted inputs at the end, here and in subgraphs, which is another way to write the same.
+
+    The optimiser of onnxruntime 1.31 faults on a LayerNormalization whose bias is spelled out as "".
+    """
+    while node.input and not node.input[-1]:
+        del node.input[-1]
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            _trim(inner)
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with the bodies of local functions in place of their calls."""
+    try:
+        inlined = inliner.inline_local_functions(proto)
+    except (RuntimeError, onnx.checker.ValidationError) as error:
+        raise ModelError(
+            f"the model's functions cannot be inlined: {first_line(error)}", hint="export it without functions"
+        ) from error
+    check_graph(inlined)
+    return inlined
 
 
 def _collect_constants(
@@ -118,7 +148,9 @@ def _collect_constants(
     alias: dict[str, str] = {}
     captured = {name for node in nodes for name in subgraph_reads(node)}
     for node in nodes:
-        if node.op_type == "Constant" and node.output[0] not in outputs:
+        if node.domain not in ("", "ai.onnx"):
+            kept.append(node)
+        elif node.op_type == "Constant" and node.output[0] not in outputs:
             weights[node.output[0]] = _constant_value(node)
         elif (
             node.op_type == "Identity"
@@ -134,19 +166,26 @@ def _collect_constants(
 
 def _constant_value(node: NodeProto) -> np.ndarray:
     for entry in node.attribute:
-        value = helper.get_attribute_value(entry)
-        if entry.name == "value":
-            return numpy_helper.to_array(value)
-        if entry.name in ("value_float", "value_floats"):
-            return np.asarray(value, np.float32)
-        if entry.name in ("value_int", "value_ints"):
-            return np.asarray(value, np.int64)
+        if entry.name == "value" and entry.type == AttributeProto.TENSOR:
+            return inline_array(entry.t)
+        kind = _CONSTANTS.get((entry.name, entry.type))
+        if kind is not None:
+            return np.asarray(helper.get_attribute_value(entry), kind)
     raise ModelError("a Constant holds a value of an unsupported type", node=node.name)
+
+
+_CONSTANTS = {
+    ("value_float", AttributeProto.FLOAT): np.float32,
+    ("value_floats", AttributeProto.FLOATS): np.float32,
+    ("value_int", AttributeProto.INT): np.int64,
+    ("value_ints", AttributeProto.INTS): np.int64,
+}
 
 
 def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
     """Replace tensors by their known values, unless that would make the file larger."""
     produced = graph.producers()
+    gone: set[int] = set()
     for name, value in values.items():
         node = produced.get(name)
         if node is None or name in graph.outputs:
@@ -157,9 +196,10 @@ def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
         graph.weights[name] = value
         kept = [output for output in node.output if output not in graph.weights and output]
         if not kept:
-            graph.nodes.remove(node)
+            gone.add(id(node))
         else:
             node.output[list(node.output).index(name)] = ""
+    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
     graph.drop_dead()
 
 

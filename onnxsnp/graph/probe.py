@@ -7,6 +7,7 @@ while every symbolic size changed is static.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +16,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from onnxsnp import limits
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.inputs import id_bounds
 from onnxsnp.graph.ir import Graph, subgraph_reads
-from onnxsnp.runtime import symbol_size
+from onnxsnp.limits import limited, memory_limit
+from onnxsnp.runtime import first_line, symbol_size
 
 _SHAPE_OPS = {"Shape", "Size"}
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _IMAGE, _SEQUENCE = 224, 16
+_RANK = 32  # of numpy's arrays
+_LARGEST = 2**28  # entries of all inputs of one run together
 
 
 @dataclass
@@ -70,17 +75,16 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
                 nodes.append(helper.make_node("Shape", [name], [tag], name=tag))
     instrumented.nodes = nodes
     wanted = [f"{_TAG}{index}" for index in range(len(computed))] + frontier
-    session = instrumented.session(wanted, optimize=False)
+    session = instrumented.session(wanted, optimize=False, bounded=True)
     runs: list[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]] = []
     for shapes in _assignments(graph, sizes or {}):
+        feeds = _feeds(graph, shapes)
         try:
-            results = session.run(None, _feeds(graph, shapes))
+            with limited() as options:
+                results = session.run(None, feeds, options=options)
         except Exception as error:  # onnxruntime has no exception type of its own for a failed run
             if not runs:
-                raise ModelError(
-                    f"the model does not run on inputs of shape {_brief(shapes)}: {str(error).splitlines()[0]}",
-                    hint="give its sizes with --input-shape; if it runs at batch 1 only, export it with a fixed batch",
-                ) from error
+                raise _refusal(shapes, first_line(error)) from error
             continue  # sizes the model does not allow; those it was first run with stand
         measured = {name: tuple(int(size) for size in shape) for name, shape in zip(computed, results, strict=False)}
         measured.update({name: tuple(shape) for name, shape in shapes.items()})
@@ -89,6 +93,25 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
 
 
 _TAG = "onnxsnp shape "
+
+
+def _refusal(shapes: Mapping[str, tuple[int, ...]], said: str) -> ModelError:
+    """What to say of a model whose first run failed."""
+    if "bfc_arena" in said:
+        size = f"{memory_limit() / 2**30:.1f} GiB"
+        return ModelError(
+            f"the model needs more than {size} of memory for one run on inputs of shape {_brief(shapes)}",
+            hint="use a machine with more memory, or give smaller sizes with --input-shape",
+        )
+    if "terminate flag" in said:
+        return ModelError(
+            f"the model did not finish in {limits.SECONDS:.0f} s on inputs of shape {_brief(shapes)}",
+            hint="give smaller sizes with --input-shape",
+        )
+    return ModelError(
+        f"the model does not run on inputs of shape {_brief(shapes)}: {said}",
+        hint="give its sizes with --input-shape; if it runs at batch 1 only, export it with a fixed batch",
+    )
 
 
 def _derived(graph: Graph) -> tuple[set[str], set[str]]:
@@ -112,9 +135,21 @@ def _frontier(graph: Graph, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in read]
 
 
+def infer_shapes(model: onnx.ModelProto, data_prop: bool = False) -> onnx.ModelProto:
+    """onnx's own inference of types and shapes.
+
+    Raises:
+        ModelError: it finds a node whose inputs cannot be what they are.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=data_prop)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the types of the graph do not fit: {first_line(error)}", hint="export it again") from error
+
+
 def _tensor_names(graph: Graph) -> set[str]:
     """Outputs that are tensors (not sequences or optionals), as far as type inference can tell."""
-    inferred = onnx.shape_inference.infer_shapes(graph.skeleton())
+    inferred = infer_shapes(graph.skeleton())
     other = {value.name for value in inferred.graph.value_info if value.type.WhichOneof("value") != "tensor_type"}
     return {name for node in graph.nodes for name in node.output if name and name not in other}
 
@@ -161,24 +196,26 @@ def _size_of(first: dict[str, int], base: int, more: int, symbol: str) -> int:
 
 def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    feeds = {}
+    feeds: dict[str, np.ndarray] = {}
+    total = 0
     bounds = id_bounds(graph)
     for value in graph.shell.graph.input:
         elem = value.type.tensor_type.elem_type
         if elem in (TensorProto.UNDEFINED, TensorProto.STRING):
             raise ModelError(f"input '{value.name}' is not a numeric tensor", hint="only tensor inputs are supported")
-        dtype = helper.tensor_dtype_to_np_dtype(elem)
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(elem))
         shape = shapes[value.name]
-        if int(np.prod(shape, dtype=np.int64)) > 2**30:
+        if len(shape) > _RANK:
+            raise ModelError(f"input '{value.name}' has {len(shape)} axes, more than {_RANK}", hint="export it again")
+        total += math.prod(shape)
+        if total > _LARGEST:
             raise ModelError(
                 f"input '{value.name}' declares {shape}, too large to run", hint="give its sizes with --input-shape"
             )
-        whole = np.dtype(dtype).kind in "iub"
-        feeds[value.name] = (
-            np.full(shape, min(1, bounds.get(value.name, 2) - 1), dtype)
-            if whole
-            else rng.standard_normal(shape).astype(dtype)
-        )
+        if dtype.kind in "iub":
+            feeds[value.name] = np.full(shape, min(1, bounds.get(value.name, 2) - 1), dtype)
+        else:
+            feeds[value.name] = rng.standard_normal(shape, np.float32).astype(dtype, copy=False)
     return feeds
 
 

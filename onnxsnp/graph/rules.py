@@ -158,6 +158,7 @@ def _reduce(node: NodeProto, facts: Facts) -> None:
     reduced = {int(axis) % rank for axis in (given if given is not None else [])}
     if not reduced and empty_is_all:
         reduced = set(range(rank))
+    kept = int(facts.rank(output) == rank)  # as it ran: runtimes differ on values of keepdims that are neither 0 nor 1
     target = 0
     for index in range(rank):
         if index in reduced:
@@ -165,7 +166,7 @@ def _reduce(node: NodeProto, facts: Facts) -> None:
                 facts.statistics.append(Role("statistics", (data, index), node.name))
             else:
                 facts.freeze((data, index), f"{node.op_type} runs over it")
-            target += attribute(node, "keepdims", 1)
+            target += kept
         else:
             facts.same((data, index), (output, target))
             target += 1

@@ -200,7 +200,7 @@ def _read_ratios(reference: str) -> dict[str, float]:
         raise PlanError(
             f"no such allocation: '{reference}'", hint=f"{guess}give auto, uniform or a ratios file"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read ratios from {path}: {error}") from error
     if isinstance(data, dict) and isinstance(data.get("models"), dict):
         models = data["models"]
@@ -221,7 +221,7 @@ def _read_ratios(reference: str) -> dict[str, float]:
         raise PlanError(f"{path} holds no ratios")
     try:
         return _by_kind(data, path) if any(key in data for key in _FILE_KINDS) else _by_module(data, path)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"{path} does not hold numbers where ratios are expected: {error}") from error
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnxsnp.atomic import whole_file
 from onnxsnp.errors import PlanError
-from onnxsnp.model import whole_file
 
 _VERSION = 1
 
@@ -76,7 +76,7 @@ class LatencyTable:
             if len(whole) < 2 or len({frozenset(one.kept) for one in whole}) > 1:
                 raise ValueError("the whole model needs times at two widths or more, of the same groups")
             return LatencyTable(str(data["model"]), str(data["machine"]), whole, layers)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             hint = "--latency-table writes one where there is no file yet"
             raise PlanError(f"{where} is not a latency table: {why}", hint=hint) from error

@@ -68,7 +68,7 @@ class Plan:
             PlanError: not a plan, or written by a version this one does not know.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=no_number)
             if data["version"] != _VERSION:
                 raise PlanError(f"{where} has plan version {data['version']}, this program reads {_VERSION}")
             groups = [
@@ -82,12 +82,21 @@ class Plan:
                 for item in data["groups"]
             ]
             return Plan(str(data["model"]), groups, dict(data["settings"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise PlanError(
                 f"{where} is not a plan: {why}",
                 hint="plans are written with --dry-run -o FILE, or found in the run record",
             ) from error
+
+
+def no_number(name: str) -> float:
+    """For `json.loads`: NaN and Infinity are no JSON, and nothing that is counted or measured here.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is not a number")
 
 
 def _index(value: object) -> int:
@@ -110,7 +119,7 @@ def read_plan(path: str | Path) -> Plan:
         raise PlanError(f"cannot read plan {source}: {why}") from error
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if isinstance(data, dict) and isinstance(data.get("plan"), dict):
         text = json.dumps(data["plan"])
@@ -125,12 +134,12 @@ def fingerprint(model: Model) -> str:
         for attribute in node.attribute:
             digest.update(attribute.SerializeToString(deterministic=True))
     for name in sorted(model.weights):
+        array = model.weights[name]
         digest.update(name.encode())
-        digest.update(
-            np.asarray(model.weights[name], order="C").view(np.uint8).data
-            if model.weights[name].ndim
-            else model.weights[name].tobytes()
-        )
+        if array.dtype.hasobject:  # texts
+            digest.update(repr(array.tolist()).encode())
+        else:
+            digest.update(np.asarray(array, order="C").view(np.uint8).data if array.ndim else array.tobytes())
     return digest.hexdigest()
 
 
@@ -142,10 +151,11 @@ def check_plan(plan: Plan, groups: Mapping[str, Group], model: str) -> None:
     """
     if plan.model != model:
         raise PlanError("the plan was made for another model", hint="make a new plan for this one")
-    names = [entry.id for entry in plan.groups]
+    seen: set[str] = set()
     for entry in plan.groups:
-        if names.count(entry.id) > 1:
+        if entry.id in seen:
             raise PlanError(f"the plan lists group '{entry.id}' twice")
+        seen.add(entry.id)
         group = groups.get(entry.id)
         if group is None or (group.kind, group.size) != (entry.kind, entry.size):
             raise PlanError(f"the plan names a group '{entry.id}' that this model does not have")

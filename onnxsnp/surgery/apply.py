@@ -14,6 +14,7 @@ from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.groups import Group, find_groups
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.pairs import analyse_in_pairs
+from onnxsnp.graph.probe import infer_shapes
 from onnxsnp.graph.sharing import identity
 from onnxsnp.graph.tables import merge_copies
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
@@ -102,7 +103,7 @@ def finished(graph: Graph) -> Graph:
     graph = graph.copy()
     _share(graph)
     merge_copies(graph)
-    inferred = onnx.shape_inference.infer_shapes(graph.skeleton(), data_prop=True)
+    inferred = infer_shapes(graph.skeleton(), data_prop=True)
     shell = onnx.ModelProto()
     shell.CopyFrom(graph.shell)
     shell.graph.value_info.extend(inferred.graph.value_info)

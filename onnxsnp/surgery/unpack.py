@@ -142,7 +142,7 @@ def _leading(dependencies: Dependencies, select: Select) -> tuple[int, int, int]
     if not atoms:
         return None
     rest = int(np.prod([dependencies.size(atom) for atom in atoms[1:]]))
-    if select.start % rest or select.stop % rest:
+    if not rest or select.start % rest or select.stop % rest:
         return None
     return atoms[0], select.start // rest, select.stop // rest
 
