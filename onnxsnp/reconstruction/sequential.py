@@ -35,6 +35,7 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.feedforward import find_feedforward
 from onnxsnp.graph.ir import Graph, SharedSession
 from onnxsnp.graph.segments import Segment, segment_graph, segments
+from onnxsnp.model import give_back
 from onnxsnp.parallel import Crew
 from onnxsnp.reconstruction.local import TOKENS, LocalFit, Tokens
 from onnxsnp.reconstruction.refit import solve_positive
@@ -148,6 +149,7 @@ def refit_in_order(
             if not states:
                 return {}
             pairs = _taken(states)
+            give_back()  # every worker's memory is full of holes that only its own next branch would fill
             if progress is not None:
                 progress(index + 1, len(branches))
     return sweep.found
