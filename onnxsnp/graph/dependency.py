@@ -63,7 +63,8 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
         shapes: size of every tensor (see `probe`).
         blocks: nodes that are read as operators on blocks (see `blocks`).
     """
-    facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, graph.inputs, graph.outputs, blocks)
+    ends = graph.inputs, graph.outputs
+    facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, *ends, blocks, graph.unexpanded)
     tie_shared_weights(graph, facts)
     used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
     sizes: dict[Axis, int] = {

@@ -44,6 +44,7 @@ class Graph:
         origin: for a weight that was renamed when it stopped being shared, the name it had in the file.
         parts: for a weight that was taken out of a packed one, which part of which weight it is.
         copies: for a node that was copied for one of the readers of what it computes, the name of the node it copies.
+        unexpanded: by node name, why a fused operator could not be spelled out.
     """
 
     shell: onnx.ModelProto
@@ -52,6 +53,7 @@ class Graph:
     origin: dict[str, str] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    unexpanded: dict[str, str] = field(default_factory=dict)
     _open: dict[tuple[int | None, str], SharedSession] = field(default_factory=dict, repr=False, compare=False)
 
     def copy(self) -> Graph:
@@ -61,7 +63,8 @@ class Graph:
             clone = NodeProto()
             clone.CopyFrom(node)
             nodes.append(clone)
-        return Graph(self.shell, nodes, dict(self.weights), dict(self.origin), dict(self.parts), dict(self.copies))
+        held = (dict(each) for each in (self.weights, self.origin, self.parts, self.copies, self.unexpanded))
+        return Graph(self.shell, nodes, *held)
 
     @property
     def inputs(self) -> list[str]:

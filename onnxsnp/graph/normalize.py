@@ -1,9 +1,10 @@
 """Bring a loaded model into the one form the analysis reads, without changing what it computes.
 
-In order: local functions are inlined, Constant nodes and aliases become weights, every use of a weight gets a name of
-its own, constant subgraphs and values that follow from static sizes are replaced by what they evaluate to (this freezes
-softmax scales that an exporter recomputes from the head size), Reshape targets become constants where the sizes allow,
-and projections that several selections read parts of are taken apart (`onnxsnp.surgery.unpack`).
+In order: local functions are inlined, Constant nodes and aliases become weights, fused operators are spelled out
+(`onnxsnp.graph.expand`), every use of a weight gets a name of its own, constant subgraphs and values that follow from
+static sizes are replaced by what they evaluate to (this freezes softmax scales that an exporter recomputes from the
+head size), Reshape targets become constants where the sizes allow, and projections that several selections read parts
+of are taken apart (`onnxsnp.surgery.unpack`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx
 from onnx import AttributeProto, NodeProto, helper, inliner
 
 from onnxsnp.errors import ModelError
+from onnxsnp.graph.expand import expand
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
 from onnxsnp.graph.probe import Probe, probe
 from onnxsnp.graph.tables import copy_tables
@@ -37,6 +39,7 @@ class Normalized:
         shapes: sizes of every tensor of `graph`, at batch 2 where the batch is dynamic.
         single: the same at batch 1.
         dynamic: which axes follow a symbolic input size.
+        expanded: types of the fused operators that both forms spell out.
     """
 
     base: Graph
@@ -44,6 +47,7 @@ class Normalized:
     shapes: dict[str, tuple[int, ...]]
     single: dict[str, tuple[int, ...]]
     dynamic: dict[str, tuple[bool, ...]]
+    expanded: tuple[str, ...] = ()
 
 
 def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) -> Normalized:
@@ -57,6 +61,9 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     """
     base = as_graph(model)
     measured = probe(base, sizes)
+    expanded = expand(base, measured.shapes)
+    if expanded:
+        measured = probe(base, sizes)
     _fold(base, measured.constant)
     copy_tables(base, measured)
     unshare(base)
@@ -76,7 +83,7 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     for name, array in graph.weights.items():
         shapes[name] = single[name] = array.shape
         dynamic[name] = (False,) * array.ndim
-    return Normalized(base, graph, shapes, single, dynamic)
+    return Normalized(base, graph, shapes, single, dynamic, tuple(expanded))
 
 
 def as_graph(model: Model) -> Graph:

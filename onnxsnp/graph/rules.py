@@ -28,11 +28,13 @@ def gather_facts(
     inputs: Sequence[str],
     outputs: Sequence[str],
     blocks: frozenset[str] = frozenset(),
+    unexpanded: Mapping[str, str] | None = None,
 ) -> Facts:
     """Apply the rules to every node; graph inputs and outputs are frozen, since callers see their sizes.
 
     Args:
         blocks: nodes that take parts of an axis, or join axes, of which equal blocks are to be tied (see `blocks`).
+        unexpanded: by node name, what is special about a fused operator that was not spelled out.
     """
     facts = Facts(shapes, weights, opset, blocks=blocks)
     facts.unread = _only_measured(nodes, outputs)
@@ -42,7 +44,9 @@ def gather_facts(
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") and known else None
         captured = subgraph_reads(node)
         if rule is None or captured:
-            facts.freeze_all([*node.input, *node.output, *captured], f"no rule for operator {node.op_type}")
+            why = (unexpanded or {}).get(node.name)
+            reason = f"no rule for operator {node.op_type}" + (f": {why}" if why else "")
+            facts.freeze_all([*node.input, *node.output, *captured], reason)
         else:
             rule(node, facts)
     for kind, names in (("input", inputs), ("output", outputs)):

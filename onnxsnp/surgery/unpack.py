@@ -84,7 +84,12 @@ def unpack(normalized: Normalized, only: Collection[str] | None = None) -> Norma
     """
     graph = normalized.graph.copy()
     result = Normalized(
-        normalized.base, graph, dict(normalized.shapes), dict(normalized.single), dict(normalized.dynamic)
+        normalized.base,
+        graph,
+        dict(normalized.shapes),
+        dict(normalized.single),
+        dict(normalized.dynamic),
+        normalized.expanded,
     )
     for _round in range(8):  # a packed axis can hold a packed axis; the rounds end when none is left
         dependencies = analyse(graph, result.shapes)
