@@ -77,18 +77,20 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
     wanted = [f"{_TAG}{index}" for index in range(len(computed))] + frontier
     session = instrumented.session(wanted, optimize=False, bounded=True)
     runs: list[tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]] = []
-    for shapes in _assignments(graph, sizes or {}):
-        feeds = _feeds(graph, shapes)
-        try:
-            with limited() as options:
-                results = session.run(None, feeds, options=options)
-        except Exception as error:  # onnxruntime has no exception type of its own for a failed run
-            if not runs:
-                raise _refusal(shapes, first_line(error)) from error
-            continue  # sizes the model does not allow; those it was first run with stand
-        measured = {name: tuple(int(size) for size in shape) for name, shape in zip(computed, results, strict=False)}
-        measured.update({name: tuple(shape) for name, shape in shapes.items()})
-        runs.append((measured, dict(zip(frontier, results[len(computed) :], strict=True))))
+    for choices in _assignments(graph, sizes or {}):
+        for shapes in choices:
+            feeds = _feeds(graph, shapes)
+            try:
+                with limited() as options:
+                    results = session.run(None, feeds, options=options)
+            except Exception as error:  # onnxruntime has no exception type of its own for a failed run
+                if not runs:
+                    raise _refusal(shapes, first_line(error)) from error
+                continue  # sizes the model does not allow; if no others do, those it was first run with stand
+            measured = dict(zip(computed, (tuple(map(int, shape)) for shape in results), strict=False))
+            measured.update({name: tuple(shape) for name, shape in shapes.items()})
+            runs.append((measured, dict(zip(frontier, results[len(computed) :], strict=True))))
+            break
     return _compare(graph, runs, constant)
 
 
@@ -154,10 +156,17 @@ def _tensor_names(graph: Graph) -> set[str]:
     return {name for node in graph.nodes for name in node.output if name and name not in other}
 
 
-def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[int, ...]]]:
-    """Input shapes to run with; every symbolic size takes two values. One assignment if none is symbolic."""
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[list[_Shapes]]:
+    """Input shapes for each run, the second choice for where the first fails; every symbolic size takes two values.
+
+    The second choice has smaller sizes, for models that do not allow larger ones (a table of 16 positions). There is
+    one run if no size is symbolic.
+    """
     first: dict[str, int] = {}
-    shapes: list[dict[str, tuple[int, ...]]] = [{}, {}]
+    shapes: list[_Shapes] = [{}, {}, {}]
     for value in graph.shell.graph.input:
         dims = value.type.tensor_type.shape.dim
         given = sizes.get(value.name)
@@ -165,33 +174,38 @@ def _assignments(graph: Graph, sizes: Mapping[str, Sequence[int]]) -> list[dict[
             raise ModelError(
                 f"--input-shape gives '{value.name}' {len(given)} sizes, the model's input has {len(dims)}"
             )
-        for run in range(2):
+        for run in range(3):
             found = []
             for axis, dim in enumerate(dims):
                 if dim.HasField("dim_value") and dim.dim_value > 0:
                     found.append(dim.dim_value)
                 elif axis == 0:
-                    found.append((2, 1)[run])
+                    found.append((2, 1, 1)[run])
                 elif given is not None:
                     start = first.setdefault(dim.dim_param or f"{value.name}.{axis}", int(given[axis]))
-                    found.append(start + (0, 32 if len(dims) == 4 else 8)[run])
+                    found.append(_varied(start, 32 if len(dims) == 4 else 8, run))
                 else:
                     base, step = (_IMAGE, 32) if len(dims) == 4 else (_SEQUENCE, 8)
-                    size_of = partial(_size_of, first, base, step * run)
+                    size_of = partial(_size_of, first, base, step, run)
                     found.append(symbol_size(dim.dim_param or f"{value.name}.{axis}", size_of))
             shapes[run][value.name] = tuple(found)
     if shapes[0] == shapes[1]:
-        return shapes[:1]
+        return [shapes[:1]]
     if all(shapes[0][name][1:] == shapes[1][name][1:] for name in shapes[0]):
-        return shapes
+        return [[shapes[0]], [shapes[1]]]
     # sizes beyond the batch are symbolic too; a model may allow only one value of them, so vary the batch alone as well
     batch_only = {name: (shapes[1][name][0], *shape[1:]) for name, shape in shapes[0].items()}
-    return [shapes[0], batch_only, shapes[1]]
+    return [[shapes[0]], [batch_only], [shapes[1], shapes[2]]]
 
 
-def _size_of(first: dict[str, int], base: int, more: int, symbol: str) -> int:
+def _size_of(first: dict[str, int], base: int, step: int, run: int, symbol: str) -> int:
     """The size of a symbol in a run; the first input that has it says what it is."""
-    return first.setdefault(symbol, base) + more
+    return _varied(first.setdefault(symbol, base), step, run)
+
+
+def _varied(start: int, step: int, run: int) -> int:
+    """As it is, larger, smaller."""
+    return (start, start + step, max(start - step, start // 2))[run]
 
 
 def _feeds(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

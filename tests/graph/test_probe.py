@@ -123,3 +123,14 @@ def test_integer_inputs_are_fed_valid_ids() -> None:
     h = net.op("Gather", net.weight("table", 3, 4), ids, axis=0)
     net.output(net.op("MatMul", h, net.weight("w", 4, 2)), ["N", "S", 2])
     assert probe(graph_of(net.proto())).shapes["y"][2] == 2
+
+
+def test_sizes_that_may_only_shrink_vary_too() -> None:
+    net = graphs.Net()
+    ids = net.input("ids", ["N", "S"], np.int64)
+    places = net.op("Range", 0, net.op("Gather", net.op("Shape", ids), 1, axis=0), 1)
+    table = net.op("Gather", net.weight("positions", 16, 4), places, axis=0)
+    net.output(net.op("Add", net.op("Gather", net.weight("words", 9, 4), ids, axis=0), table), ["N", "S", 4])
+    found = probe(graph_of(net.proto()))
+    assert found.dynamic["y"] == (True, True, False)
+    assert not found.invariant

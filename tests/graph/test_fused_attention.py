@@ -1,0 +1,112 @@
+"""Attention operators of onnxruntime spelled out: every mask, bias and scale, causal or not, self and cross."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fused import assert_same, expanded, model_of, noise
+
+B, S, T, H = 2, 5, 7, 2
+
+MASKS = {
+    "none": None,
+    "lengths": np.asarray([3, 5], "i4"),
+    "keys": np.asarray([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]], "i4"),
+    "pairs": np.tile(np.tril(np.ones((S, S), "i4")), (B, 1, 1)),
+    "dummy": np.ones((B, 1), "i4"),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("opset", [11, 17])
+def test_one_weight_for_query_key_and_value(mask: str, opset: int) -> None:
+    feeds = {"x": noise(B, S, 6)}
+    weights = {"w": noise(6, 24), "b": noise(24)}
+    held = MASKS[mask]
+    names = ["x", "w", "b"] + ([] if held is None else ["m"])
+    if held is not None:
+        feeds["m"] = held
+    assert_same(model_of("Attention", feeds, weights, names, opset=opset, num_heads=H), feeds, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale": 0.7},
+        {"unidirectional": 1},
+        {"qkv_hidden_sizes": [8, 8, 12]},
+        {"mask_filter_value": -3.0},
+        {"unidirectional": 1, "mask_filter_value": -3.0},
+    ],
+    ids=str,
+)
+def test_settings_of_the_packed_operator(settings: dict[str, Any]) -> None:
+    width = sum(settings.get("qkv_hidden_sizes", [8, 8, 8]))
+    feeds = {"x": noise(B, S, 6), "m": MASKS["keys"]}
+    weights = {"w": noise(6, width), "b": noise(width)}
+    assert_same(model_of("Attention", feeds, weights, ["x", "w", "b", "m"], num_heads=H, **settings), feeds, 1e-5)
+
+
+def test_scores_with_a_table_added() -> None:
+    feeds = {"x": noise(B, S, 6), "a": noise(1, H, S, S)}
+    weights = {"w": noise(6, 24), "b": noise(24)}
+    assert_same(model_of("Attention", feeds, weights, ["x", "w", "b", "", "", "a"], num_heads=H), feeds, 1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "held", "fed"])
+@pytest.mark.parametrize("kind", ["self", "cross", "apart"])
+def test_query_key_and_value_of_their_own(bias: str, kind: str) -> None:
+    tokens = S if kind == "self" else T
+    feeds = {"q": noise(B, S, 8), "k": noise(B, tokens, 8), "v": noise(B, tokens, 12)}
+    if kind == "apart":
+        feeds |= {"k": noise(B, H, T, 4), "v": noise(B, H, T, 4)}
+        if bias != "none":
+            pytest.skip("onnxruntime takes no bias for keys that come apart")
+    held = {"b": noise(28)} if bias != "none" else {}
+    weights = held if bias == "held" else {}
+    if bias == "fed":
+        feeds |= held
+    assert_same(model_of("MultiHeadAttention", feeds, weights, ["q", "k", "v", *held], num_heads=H), feeds, 1e-5)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "keys", "pairs"])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_masks_of_separate_operands(mask: str, causal: int) -> None:
+    feeds = {"q": noise(B, S, 8), "k": noise(B, S, 8), "v": noise(B, S, 8), "m": MASKS[mask]}
+    names = ["q", "k", "v", "", "m"]
+    model = model_of("MultiHeadAttention", feeds, {}, names, num_heads=H, unidirectional=causal, scale=0.3)
+    assert_same(model, feeds, 1e-5)
+
+
+def test_keys_of_another_length_with_a_mask_and_a_table() -> None:
+    feeds = {"q": noise(B, S, 8), "k": noise(B, T, 8), "v": noise(B, T, 8), "a": noise(B, 1, S, T)}
+    feeds["m"] = (np.arange(T) < np.asarray([[4], [6]])).astype("i4")
+    model = model_of("MultiHeadAttention", feeds, {}, ["q", "k", "v", "", "m", "a"], num_heads=H)
+    assert_same(model, feeds, 1e-5)
+
+
+def test_a_cache_stays_with_its_reason() -> None:
+    feeds = {"x": noise(B, S, 6), "p": noise(2, B, H, 3, 4)}
+    weights = {"w": noise(6, 24), "b": noise(24)}
+    model = model_of("Attention", feeds, weights, ["x", "w", "b", "", "p"], 2, num_heads=H)
+    assert "cache" in expanded(model).unexpanded["fused"]
+    feeds = {"q": noise(B, 1, 16), "k": noise(B, 1, 8), "v": noise(B, 1, 8)}
+    feeds |= {"p": noise(B, 1, 3, 8), "r": noise(B, 1, 3, 8)}
+    weights = {"n": np.full(B, 3, "i4"), "t": np.asarray(4, "i4")}
+    names = [*feeds, *weights]
+    model = model_of("GroupQueryAttention", feeds, weights, names, 3, num_heads=2, kv_num_heads=1)
+    assert "cache" in expanded(model).unexpanded["fused"]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("places", ["first", "all"])
+@pytest.mark.parametrize("part", [False, True])
+def test_rotary_embeddings(flat: bool, places: str, part: bool) -> None:
+    size, turned = 8, 4 if part else 8
+    feeds = {"x": noise(B, S, H * size) if flat else noise(B, H, S, size)}
+    feeds["p"] = np.asarray([2], "i8") if places == "first" else np.random.default_rng(0).integers(0, 9, (B, S))
+    weights = {"c": noise(9, turned // 2), "s": noise(9, turned // 2)}
+    settings = {"rotary_embedding_dim": turned, "num_heads": H} if part else {}
+    assert_same(model_of("RotaryEmbedding", feeds, weights, ["x", "p", "c", "s"], **settings), feeds, 1e-5)
