@@ -130,6 +130,7 @@ class _Run:
             if output is not None:
                 check_output(analysis.model, output)
             mark = fingerprint(analysis.model)
+        self._note_form(analysis)
         plan = self._given_plan(analysis, mark)
         if plan is None and self.options.allocation == "auto" and self.options.of == "latency":
             analysis = self._with_latency(analysis)
@@ -169,6 +170,19 @@ class _Run:
         record["after"]["bytes"] = build().ByteSize()
         record["seconds"] = self._rounded()
         return PruneResult(plan, record, build)
+
+    def _note_form(self, analysis: Analysis) -> None:
+        """What the file's own form means for the result."""
+        expanded = analysis.normalized.expanded
+        if expanded:
+            self.notes.append(
+                f"fused operators ({', '.join(expanded)}) are written as the plain ones they stand for; "
+                "onnxruntime fuses them again when it loads the file"
+            )
+        if analysis.graph.brain:
+            self.notes.append(
+                "onnxruntime runs no bfloat16 on a CPU: measured in single precision, written in bfloat16"
+            )
 
     def _given_plan(self, analysis: Analysis, mark: str) -> Plan | None:
         given = self.options.plan

@@ -21,7 +21,10 @@ from onnx import NodeProto, helper
 from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, SharedSession, attribute
-from onnxsnp.runtime import first_line, open_session, run_session
+from onnxsnp.graph.normalize import as_graph
+from onnxsnp.graph.precision import BRAIN, is_float, widen
+from onnxsnp.model import load
+from onnxsnp.runtime import Session, first_line, open_session, run_session
 from onnxsnp.surgery.rewrite import Cut, mask_weights
 from onnxsnp.surgery.unpack import put_back
 
@@ -48,8 +51,12 @@ class Verification:
 
 
 def tolerance(weights: Mapping[str, np.ndarray]) -> float:
-    """Largest relative difference that round-off explains, for the coarsest type among the weights."""
-    sizes = [array.dtype.itemsize for array in weights.values() if array.dtype.kind not in "iub" and array.size > 16]
+    """Largest relative difference that round-off explains, for the coarsest type among the weights.
+
+    What is stored in bfloat16 is computed in single precision here (`onnxsnp.graph.precision`).
+    """
+    types = [array.dtype for array in weights.values() if is_float(array.dtype) and array.size > 16]
+    sizes = [4 if dtype == BRAIN else dtype.itemsize for dtype in types]
     return {8: 1e-9, 4: 1e-4, 2: 3e-2}.get(min(sizes, default=4), 1e-4)
 
 
@@ -97,7 +104,8 @@ def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[
 
 
 def _float_type(graph: Graph) -> np.dtype:
-    return next(array.dtype for array in graph.weights.values() if array.dtype.kind not in "iub" and array.size > 16)
+    held = next(array.dtype for array in graph.weights.values() if is_float(array.dtype) and array.size > 16)
+    return np.dtype(np.float32) if held == BRAIN else held
 
 
 def _mean_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
@@ -183,32 +191,47 @@ def prove(
 def _checked(base: Graph, cut: Graph) -> list[str]:
     """The checks that a cut graph passed; if it does not, the fault may be the model's own."""
     try:
-        return check_graph(cut)
+        return check_graph(cut, base)
     except VerificationError as error:
         try:
-            check_graph(base)
+            check_graph(base, base)
         except VerificationError as before:
             said = before.message.replace("the cut model", "the model")
             raise ModelError(said, hint="its declarations contradict what it computes; export it again") from error
         raise
 
 
-def check_graph(graph: Graph) -> list[str]:
+def check_graph(graph: Graph, original: Graph | None = None) -> list[str]:
     """The ONNX checker and strict shape inference.
+
+    Args:
+        original: what was cut. Exporters write bfloat16 where an opset does not have it yet (Conv before 22); a model
+            that came like that is checked in single precision.
 
     Raises:
         VerificationError: the model is not valid.
     """
     proto = graph.skeleton()
+    fault = _fault(proto)
+    if fault is not None and graph.brain and original is not None and _fault(original.skeleton()) is not None:
+        widen(proto)
+        fault = _fault(proto)
+    if fault is not None:
+        raise VerificationError(
+            f"the cut model is not valid ONNX: {first_line(fault)}",
+            hint="please report this; nothing was written",
+        ) from fault
+    return ["checker", "strict shape inference"]
+
+
+def _fault(proto: onnx.ModelProto) -> Exception | None:
+    """What is wrong with a model."""
     try:
         onnx.checker.check_model(proto, full_check=False)
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        raise VerificationError(
-            f"the cut model is not valid ONNX: {first_line(error)}",
-            hint="please report this; nothing was written",
-        ) from error
-    return ["checker", "strict shape inference"]
+        return error
+    return None
 
 
 def check_file(
@@ -224,12 +247,18 @@ def check_file(
         VerificationError: it does not open or run, or gives something else.
     """
     try:
-        session = open_session(path, prepack=False)
+        session = _as_users(path)
         gap = largest_gap([(want, run_session(session, feed)) for want, feed in zip(expected, feeds, strict=True)])
     except ModelError as error:
         raise VerificationError(f"the written model does not run: {error.message}") from error
     if gap > limit:
         raise VerificationError(f"the written model differs by {gap:.1e} from the one that was proved")
+
+
+def _as_users(path: Path) -> Session:
+    """A written file in onnxruntime; one that holds bfloat16, which CPU kernels do not take, in single precision."""
+    graph = as_graph(load(path))
+    return graph.session() if graph.brain else open_session(path, prepack=False)
 
 
 def difference(

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
 from onnxsnp.graph import fused_attention as attention
 from onnxsnp.graph.ir import Graph, Namer, attribute
+from onnxsnp.graph.precision import BRAIN, element_types
 from onnxsnp.graph.writer import LeftAloneError, Writer
 
 _MICROSOFT = "com.microsoft"
@@ -77,7 +78,10 @@ def _float_types(graph: Graph, nodes: list[NodeProto]) -> dict[str, np.dtype]:
     }
     known |= {name: array.dtype for name, array in graph.weights.items()}
     asked = sorted({name for node in nodes for name in node.input if name and name not in known})
-    if asked:
+    if graph.brain:  # sessions would say single precision; what inference does not know is what the rest is
+        typed = element_types(graph.skeleton())
+        known |= {name: typed.get(name, BRAIN) for name in asked}
+    elif asked:
         session = graph.session(asked, optimize=False)
         for value in session.get_outputs():
             known[value.name] = _RUNTIME_TYPES.get(value.type, np.dtype(np.int64))
@@ -91,7 +95,6 @@ _RUNTIME_TYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(double)": np.dtype(np.float64),
-    "tensor(bfloat16)": np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from onnxsnp.graph.ir import Graph, attribute
+from onnxsnp.graph.precision import BRAIN
 from onnxsnp.runtime import InputSpec
 
 # operators that hand ids on as they are, by the input slots they take them from (None: any)
@@ -35,6 +36,7 @@ def graph_inputs(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None
                 size if isinstance(size, int) or axis == 0 else int(given[axis]) for axis, size in enumerate(sizes)
             ]
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        dtype = np.dtype(np.float32) if dtype == BRAIN else dtype  # what sessions take in its place
         specs.append(InputSpec(value.name, tuple(sizes), dtype, bounds.get(value.name)))
     return specs
 

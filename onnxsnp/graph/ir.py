@@ -16,6 +16,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from onnxsnp.errors import ModelError
+from onnxsnp.graph.precision import BRAIN, holds_brain, is_float, wide, widen
 from onnxsnp.runtime import open_session, readable_errors
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Graph:
     def opset(self) -> int:
         """Version of the default operator set (0 if it is not imported)."""
         return next((entry.version for entry in self.shell.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+    @property
+    def brain(self) -> bool:
+        """Whether the model computes in bfloat16, at least in part."""
+        return any(array.dtype == BRAIN for array in self.weights.values()) or holds_brain(self.shell, self.nodes)
 
     def producers(self) -> dict[str, NodeProto]:
         """The node that computes each tensor."""
@@ -156,7 +162,7 @@ class Graph:
         feed: Collection[str] = (),
         bounded: bool = False,
     ) -> SharedSession:
-        """Open this graph in onnxruntime without copying its weights.
+        """Open this graph in onnxruntime without copying its weights; one that holds bfloat16 in single precision.
 
         Args:
             outputs: tensor names to return instead of the model's own outputs.
@@ -172,6 +178,8 @@ class Graph:
             del model.graph.output[:]
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         shared = {name: array for name, array in self.weights.items() if _is_fed(array) or name in feed}
+        if self.brain:
+            widen(model)
         session = open_session(
             model.SerializeToString(),
             threads=threads,
@@ -198,7 +206,9 @@ class Graph:
 
         model = self.bare_proto()
         external: dict[str, ort.OrtValue] = {}
-        for name, array in self.weights.items():
+        if self.brain:
+            widen(model)
+        for name, array in ((name, wide(array)) for name, array in self.weights.items()):
             if _is_fed(array):
                 model.graph.initializer.append(_declared(array, name))
                 external[name] = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
@@ -235,8 +245,8 @@ class SharedSession:
         import onnxruntime as ort
 
         self._session, self._held = session, held
-        self._wrap = ort.OrtValue.ortvalue_from_numpy
-        self._weights = {name: self._wrap(np.asarray(array, order="C")) for name, array in weights.items()}
+        self._wrap = lambda array: ort.OrtValue.ortvalue_from_numpy(np.asarray(wide(array), order="C"))
+        self._weights = {name: self._wrap(array) for name, array in weights.items()}
 
     def get_inputs(self) -> list[Any]:
         """The model's own inputs."""
@@ -264,9 +274,7 @@ class SharedSession:
         names = list(outputs) if outputs is not None else [value.name for value in self._session.get_outputs()]
         if weights and weights.keys() - self._weights.keys():
             raise KeyError(f"cannot replace {sorted(weights.keys() - self._weights.keys())}")
-        values = {
-            name: self._wrap(np.asarray(array, order="C")) for name, array in [*feeds.items(), *(weights or {}).items()]
-        }
+        values = {name: self._wrap(array) for name, array in [*feeds.items(), *(weights or {}).items()]}
         with readable_errors(feeds):
             found = self._session.run_with_ort_values(names, {**self._weights, **values}, options)
             return [value.numpy() for value in found]
@@ -318,7 +326,7 @@ def _declared(array: np.ndarray, name: str) -> onnx.TensorProto:
 
 def _is_fed(array: np.ndarray) -> bool:
     """Whether a weight is fed to sessions; integers and short lists stay constants, which shape inference needs."""
-    return array.size > _CONSTANT_SIZE and array.dtype.kind == "f"
+    return array.size > _CONSTANT_SIZE and is_float(array.dtype)
 
 
 class Namer:

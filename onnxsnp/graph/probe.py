@@ -21,6 +21,7 @@ from onnxsnp.errors import ModelError
 from onnxsnp.graph.inputs import id_bounds
 from onnxsnp.graph.ir import Graph, subgraph_reads
 from onnxsnp.limits import limited, memory_limit
+from onnxsnp.graph.precision import element_types
 from onnxsnp.runtime import first_line, symbol_size
 
 _SHAPE_OPS = {"Shape", "Size"}
@@ -91,7 +92,7 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
             measured.update({name: tuple(shape) for name, shape in shapes.items()})
             runs.append((measured, dict(zip(frontier, results[len(computed) :], strict=True))))
             break
-    return _compare(graph, runs, constant)
+    return _compare(graph, [(measured, _in_kind(graph, values)) for measured, values in runs], constant)
 
 
 _TAG = "onnxsnp shape "
@@ -114,6 +115,14 @@ def _refusal(shapes: Mapping[str, tuple[int, ...]], said: str) -> ModelError:
         f"the model does not run on inputs of shape {_brief(shapes)}: {said}",
         hint="give its sizes with --input-shape; if it runs at batch 1 only, export it with a fixed batch",
     )
+
+
+def _in_kind(graph: Graph, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Values as the graph has them: what ran in single precision in place of bfloat16 gets its type back."""
+    if not graph.brain:
+        return values
+    types = element_types(graph.skeleton())
+    return {name: value.astype(types[name]) for name, value in values.items() if name in types}
 
 
 def _derived(graph: Graph) -> tuple[set[str], set[str]]:

@@ -13,6 +13,7 @@ from onnxsnp.calibration.data import Batch
 from onnxsnp.evaluation.accuracy import softmax_kl
 from onnxsnp.graph.branches import find_branches
 from onnxsnp.graph.ir import Graph, SharedSession
+from onnxsnp.graph.precision import is_float
 from onnxsnp.graph.segments import Segment, segment_graph, segments
 from onnxsnp.parallel import Crew
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
@@ -140,7 +141,7 @@ def _tails(analysis: Analysis, batches: Sequence[Batch], crew: Crew) -> list[_Ta
     streams = [name for name in streams if made[name] < early]
     starts = min(_STARTS, len(streams))
     marks = [streams[len(streams) * part // starts] for part in range(1, starts)]
-    feed = {name for name, array in graph.weights.items() if array.dtype.kind == "f" and array.ndim}
+    feed = {name for name, array in graph.weights.items() if is_float(array.dtype) and array.ndim}
     states: list[dict[str, np.ndarray]] = [dict(batch.inputs) for batch in batches]
     found: list[_Tail] = []
     first = 0
