@@ -31,6 +31,7 @@ from onnxsnp.graph.groups import Group
 from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.probabilities import AttentionPath
+from onnxsnp.graph.quantised import describe
 from onnxsnp.model import Model, check_output, give_back
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation as allocating
@@ -223,7 +224,7 @@ class _Run:
         if not groups:
             raise PlanError(
                 f"the model has nothing to cut in scope {','.join(scope)}",
-                hint="onnxsnp inspect lists its groups and the reasons",
+                hint=describe(analysis.graph) or "onnxsnp inspect lists its groups and the reasons",
             )
         return groups
 

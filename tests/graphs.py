@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxsnp.graph.precision import widen
 from onnxsnp.planning.plan import GroupPlan, Plan
 
 Size = int | str
@@ -385,9 +386,11 @@ def inputs_for(model: onnx.ModelProto, batch: int = 2, seed: int = 0, **symbols:
 
 
 def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Outputs of a model in onnxruntime."""
+    """Outputs of a model in onnxruntime; bfloat16, which its CPU does not run, in single precision."""
     import onnxruntime as ort
 
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    widen(model)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, dict(feeds))
 
 

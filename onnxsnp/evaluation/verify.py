@@ -22,7 +22,7 @@ from onnxsnp.errors import ModelError, VerificationError
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, SharedSession, attribute
 from onnxsnp.graph.normalize import as_graph
-from onnxsnp.graph.precision import BRAIN, is_float, widen
+from onnxsnp.graph.precision import BRAIN, element_types, is_float, widen
 from onnxsnp.model import load
 from onnxsnp.runtime import Session, first_line, open_session, run_session
 from onnxsnp.surgery.rewrite import Cut, mask_weights
@@ -86,6 +86,7 @@ def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[
         if len(atoms) == 1 and atoms[0] in by_atom:
             touched_nodes[role.node] = by_atom[atoms[0]]
     namer = Namer(graph.names())
+    types = element_types(graph.skeleton()) if touched_nodes else {}
     rebuilt: list[NodeProto] = []
     for node in graph.nodes:
         cut = touched_nodes.get(node.name)
@@ -93,7 +94,8 @@ def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[
             rebuilt.append(node)
             continue
         size = dependencies.size(cut.atom)
-        dtype = _float_type(graph)
+        dtype = types.get(node.input[0]) or _float_type(graph)
+        dtype = np.dtype(np.float32) if dtype == BRAIN else dtype
         mask = namer("onnxsnp.mask")
         graph.weights[mask] = np.isin(np.arange(size), cut.keep[0]).astype(dtype)
         factor = namer("onnxsnp.factor")
@@ -104,8 +106,7 @@ def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[
 
 
 def _float_type(graph: Graph) -> np.dtype:
-    held = next(array.dtype for array in graph.weights.values() if is_float(array.dtype) and array.size > 16)
-    return np.dtype(np.float32) if held == BRAIN else held
+    return next(array.dtype for array in graph.weights.values() if is_float(array.dtype) and array.size > 16)
 
 
 def _mean_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
@@ -121,7 +122,7 @@ def _mean_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer
 
 
 def _norm_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer: Namer) -> list[NodeProto]:
-    """LayerNormalization spelled out, over the kept channels of the last axis."""
+    """LayerNormalization or RMSNormalization spelled out, over the kept channels of the last axis."""
     nodes: list[NodeProto] = []
 
     def add(op: str, *inputs: str, **attributes: Any) -> str:
@@ -137,8 +138,10 @@ def _norm_over_kept(graph: Graph, node: NodeProto, mask: str, factor: str, namer
         return add("Mul", add("ReduceMean", tensor, axes=[-1]), factor)
 
     epsilon = namer(f"{node.name}.epsilon")
-    graph.weights[epsilon] = np.asarray(attribute(node, "epsilon", 1e-5), _float_type(graph))
-    centred = add("Mul", add("Sub", node.input[0], mean(add("Mul", node.input[0], mask))), mask)
+    graph.weights[epsilon] = np.asarray(attribute(node, "epsilon", 1e-5), graph.weights[mask].dtype)
+    centred = add("Mul", node.input[0], mask)
+    if node.op_type == "LayerNormalization":
+        centred = add("Mul", add("Sub", node.input[0], mean(centred)), mask)
     spread = add("Sqrt", add("Add", mean(add("Mul", centred, centred)), epsilon))
     scaled = add("Mul", add("Div", centred, spread), node.input[1])
     if len(node.input) > 2 and node.input[2]:

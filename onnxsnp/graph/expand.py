@@ -259,6 +259,7 @@ def _only_output(w: Writer, *used: int) -> None:
 
 EXPANSIONS: dict[tuple[str, str], _Expansion] = {
     ("", "LayerNormalization"): _layer_norm,
+    ("", "RotaryEmbedding"): attention.standard_rotary,
     ("", "SimplifiedLayerNormalization"): _rms_norm,
     (_MICROSOFT, "Attention"): attention.packed,
     (_MICROSOFT, "BiasGelu"): _gelu,

@@ -18,6 +18,7 @@ from onnxsnp.graph.attention import Site, Unrecognised, find_sites
 from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies, Place
 from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.quantised import said_once
 
 KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
 
@@ -86,7 +87,7 @@ def find_groups(graph: Graph, dependencies: Dependencies) -> Structure:
     sites, unknown = find_sites(graph, dependencies)
     finder = _Finder(graph, dependencies, sites)
     groups = finder.run()
-    skipped = list(unknown) + finder.skipped
+    skipped = said_once(list(unknown) + finder.skipped, graph, dependencies)
     return Structure(dependencies, sites, groups, skipped)
 
 

@@ -20,8 +20,9 @@ from onnxsnp import limits
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.inputs import id_bounds
 from onnxsnp.graph.ir import Graph, subgraph_reads
-from onnxsnp.limits import limited, memory_limit
 from onnxsnp.graph.precision import element_types
+from onnxsnp.graph.quantised import is_quantised
+from onnxsnp.limits import limited, memory_limit
 from onnxsnp.runtime import first_line, symbol_size
 
 _SHAPE_OPS = {"Shape", "Size"}
@@ -129,8 +130,8 @@ def _derived(graph: Graph) -> tuple[set[str], set[str]]:
     """Names that depend on weights alone, and names that depend on weights and shapes alone."""
     constant, derived = set(graph.weights), set(graph.weights)
     for node in graph.nodes:
-        if node.op_type in _RANDOM_OPS:
-            continue
+        if node.op_type in _RANDOM_OPS or is_quantised(node):
+            continue  # what is stored as integers is not to become a floating-point weight
         reads = [name for name in node.input if name] + subgraph_reads(node)
         if all(name in constant for name in reads):
             constant.update(node.output)

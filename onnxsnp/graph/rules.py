@@ -44,7 +44,7 @@ def gather_facts(
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") and known else None
         captured = subgraph_reads(node)
         if rule is None or captured:
-            why = (unexpanded or {}).get(node.name)
+            why = (unexpanded or {}).get(node.name) or ("it runs a graph of its own" if captured else "")
             reason = f"no rule for operator {node.op_type}" + (f": {why}" if why else "")
             facts.freeze_all([*node.input, *node.output, *captured], reason)
         else:
@@ -140,7 +140,7 @@ def _layer_norm(node: NodeProto, facts: Facts) -> None:
     for index in range(axis, rank):
         facts.statistics.append(Role("statistics", (data, index), node.name))
     for name in node.output[1:]:
-        facts.freeze_all([name], "statistics output of LayerNormalization")
+        facts.freeze_all([name], f"statistics output of {node.op_type}")
 
 
 def _batch_norm(node: NodeProto, facts: Facts) -> None:
@@ -439,6 +439,7 @@ RULES: dict[str, Rule] = {
     "Gemm": products.gemm,
     "LayerNormalization": _layer_norm,
     "MatMul": products.matmul,
+    "RMSNormalization": _layer_norm,
     "Slice": _slice,
     "Split": _split,
     "Transpose": _transpose,
