@@ -10,7 +10,7 @@ Beside each `NAME.onnx` lies `NAME.json`, written by hand from the architecture:
 - `groups`: number of prunable groups by kind; kinds that are not there are 0.
 - `fixed`: by kind, parts of the reasons of groups that are found but not cut; kinds that are not there have none.
 - `skipped`: parts of the reasons of what is skipped, in order.
-- `tolerance`: of differences, relative to the largest output, where half precision and integers need more than `TOLERANCE`.
+- `tolerance`: of differences, relative to the largest output, where half precision or integers need more.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from onnxsnp.calibration.lengths import settled
 from onnxsnp.evaluation.verify import difference, masked
 from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.normalize import as_graph
+from onnxsnp.model import load
 from onnxsnp.planning.plan import Plan, as_cuts
 from onnxsnp.pruning import prune
 from onnxsnp.surgery.apply import apply, to_model
@@ -83,6 +84,11 @@ def feeds(name: str) -> list[dict[str, np.ndarray]]:
 
 def tolerance(name: str) -> float:
     return float(expected(name).get("tolerance", TOLERANCE))
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Operators that stood for several make the rest of a file larger, but never its weights."""
+    return sum(array.nbytes for array in as_graph(load(model)).weights.values())
 
 
 def plan_for(name: str, kinds: tuple[str, ...]) -> Plan:
@@ -145,7 +151,7 @@ def test_cut_file_is_valid_smaller_and_keeps_its_interface(name: str) -> None:
     onnx.checker.check_model(after)
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
-    assert after.ByteSize() < before.ByteSize()
+    assert weight_bytes(after) < weight_bytes(before)
 
 
 @every_file
