@@ -178,7 +178,7 @@ class _Run:
         if expanded:
             self.notes.append(
                 f"fused operators ({', '.join(expanded)}) are written as the plain ones they stand for; "
-                "onnxruntime fuses them again when it loads the file"
+                "onnxruntime fuses most of them again when it loads the file"
             )
         if analysis.graph.brain:
             self.notes.append(

@@ -108,7 +108,10 @@ class Writer:
     # -------------------------------------------------------------------------------------- functions in ONNX terms
 
     def gelu(self, tensor: str, *, tanh: bool = False, into: str = "") -> str:
-        """x Φ(x), with Φ through erf, or approximated through tanh (arXiv 1606.08415)."""
+        """x Φ(x), with Φ through erf, or approximated through tanh (arXiv 1606.08415).
+
+        Without tanh in the order of operators that onnxruntime fuses again.
+        """
         if self.opset >= 20:
             return self.add("Gelu", tensor, into=into, approximate="tanh" if tanh else "none")
         if tanh:
@@ -116,12 +119,12 @@ class Writer:
             inner = self.add("Add", tensor, self.add("Mul", cube, self.number(0.044715)))
             bent = self.add("Tanh", self.add("Mul", inner, self.number(sqrt(2 / pi))))
         else:
-            bent = self.add("Erf", self.add("Mul", tensor, self.number(sqrt(0.5))))
-        share = self.add("Mul", self.add("Add", bent, self.number(1.0)), self.number(0.5))
-        return self.add("Mul", tensor, share, into=into)
+            bent = self.add("Erf", self.add("Div", tensor, self.number(sqrt(2))))
+        twice = self.add("Mul", tensor, self.add("Add", bent, self.number(1.0)))
+        return self.add("Mul", twice, self.number(0.5), into=into)
 
     def layer_norm(self, tensor: str, gamma: str, beta: str, epsilon: float, *, into: str = "") -> str:
-        """(x − E x) / √(Var x + ε) · γ + β over the last axis."""
+        """(x − E x) / √(Var x + ε) · γ + β over the last axis, in an order that onnxruntime fuses again."""
         if self.opset >= 17:
             named = [tensor, gamma, beta] if beta else [tensor, gamma]
             return self.add("LayerNormalization", *named, into=into, axis=-1, epsilon=epsilon)
@@ -133,7 +136,7 @@ class Writer:
         """x / √(E x² + ε) · γ over the last axis (arXiv 1910.07467, eq. 4); squares of half precision in single."""
         half = self._dtype.itemsize == 2
         data = self.cast(tensor, np.float32) if half else tensor
-        square = self.mean(self.add("Mul", data, data))
+        square = self.mean(self.add("Pow", data, self.constant(np.asarray(2, np.float32 if half else self._dtype))))
         small = self.constant(np.asarray(epsilon, np.float32 if half else self._dtype))
         unit = self.add("Div", data, self.add("Sqrt", self.add("Add", square, small)))
         return self.add("Mul", self.cast(unit, self._dtype) if half else unit, gamma, into=into)
