@@ -30,15 +30,16 @@ def expand(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     Returns:
         The types of the operators that were replaced.
     """
-    fused = {node.name: node for node in graph.nodes if _expansion(node, graph.opset) is not None}
+    rules = {node.name: _expansion(node, graph.opset, shapes) for node in graph.nodes}
+    fused = [node for node in graph.nodes if rules[node.name] is not None]
     if not fused:
         return []
-    types = _float_types(graph, list(fused.values()))
+    types = _float_types(graph, fused)
     namer = Namer(graph.names())
     nodes: list[NodeProto] = []
     done: list[str] = []
     for node in graph.nodes:
-        rule = _expansion(node, graph.opset)
+        rule = rules[node.name]
         if rule is None:
             nodes.append(node)
             continue
@@ -60,11 +61,13 @@ def expand(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 _Expansion = Callable[[Writer], None]
 
 
-def _expansion(node: NodeProto, opset: int) -> _Expansion | None:
+def _expansion(node: NodeProto, opset: int, shapes: Mapping[str, tuple[int, ...]]) -> _Expansion | None:
     """What spells a node out; None where it is plain already, or unknown."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     if opset >= _STANDARD_SINCE.get((domain, node.op_type), 1_000):
         return None
+    if (domain, node.op_type) == ("", "GlobalAveragePool") and len(shapes[node.input[0]]) == 3:
+        return _mean  # of an image it is a rule's; over one axis, a normalisation's mean
     if domain == "com.microsoft.nchwc":
         return _laid_out
     return EXPANSIONS.get((domain, node.op_type))
@@ -190,6 +193,11 @@ def _quick_gelu(w: Writer) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ normalisations
+
+
+def _mean(w: Writer) -> None:
+    """GlobalAveragePool over the last of three axes."""
+    w.mean(w.node.input[0], into=w.node.output[0])
 
 
 def _layer_norm(w: Writer) -> None:

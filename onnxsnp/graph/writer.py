@@ -99,11 +99,11 @@ class Writer:
             return self.add("ReduceSum", tensor, into=into, axes=[axis], keepdims=0)
         return self.add("ReduceSum", tensor, self.integers([axis]), into=into, keepdims=0)
 
-    def mean(self, tensor: str) -> str:
+    def mean(self, tensor: str, into: str = "") -> str:
         """Mean over the last axis, which stays with size 1."""
         if self.opset < 18:
-            return self.add("ReduceMean", tensor, axes=[-1])
-        return self.add("ReduceMean", tensor, self.integers([-1]))
+            return self.add("ReduceMean", tensor, into=into, axes=[-1])
+        return self.add("ReduceMean", tensor, self.integers([-1]), into=into)
 
     # -------------------------------------------------------------------------------------- functions in ONNX terms
 

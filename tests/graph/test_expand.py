@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from fused import assert_same, expanded, model_of, noise
 
@@ -157,3 +158,17 @@ def test_plain_operators_are_left_as_they_are() -> None:
     graph = as_graph(load(model_of("LayerNormalization", feeds, weights, ["x", "g", "b"], domain="")))
     assert expand(graph, probe(graph).shapes) == []
     assert [node.op_type for node in graph.nodes] == ["LayerNormalization"]
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_pooling_over_one_axis_is_a_mean(opset: int) -> None:
+    feeds = {"x": noise(2, 5, 8)}
+    graph = assert_same(model_of("GlobalAveragePool", feeds, {}, ["x"], opset=opset, domain=""), feeds)
+    assert [node.op_type for node in graph.nodes] == ["ReduceMean"]
+    feeds = {"x": noise(2, 5, 4, 4)}
+    assert not expanded_types(model_of("GlobalAveragePool", feeds, {}, ["x"], opset=opset, domain=""))
+
+
+def expanded_types(model: onnx.ModelProto) -> list[str]:
+    graph = as_graph(load(model))
+    return expand(graph, probe(graph).shapes)
