@@ -30,6 +30,8 @@ import torch
 from export_timm import quiet
 from export_tiny import RECIPES, build, export_onnx, randomise, strip
 from onnx import TensorProto, helper, numpy_helper
+from onnx_decoder import TOKENS as PLACES_OF_DECODER
+from onnx_decoder import Decoder, as_onnx
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "exports" / "families"
@@ -45,6 +47,7 @@ TEXT_INPUTS = {
     "attention_mask": {"shape": [2, TOKENS], "type": "int64", "mask": True},
     "token_type_ids": {"shape": [2, TOKENS], "type": "int64", "below": 2},
 }
+WORD_INPUT = {"input_ids": {"shape": [2, PLACES_OF_DECODER], "type": "int64", "below": WORDS}}
 HALF = {"tolerance": 2e-2}
 INTEGERS = {"tolerance": 0.2}  # where a number is rounded to one of 255 depends on the order of the sums before it
 
@@ -148,6 +151,27 @@ def _vit(exporter: str, opset: int, sdpa: bool) -> bytes:
 def vit(exporter: str = "torchscript", opset: int = 17, sdpa: bool = False) -> onnx.ModelProto:
     """timm's DeiT with the small sizes of ``export_tiny``."""
     return onnx.load_from_string(_vit(exporter, opset, sdpa))
+
+
+@cache
+def _decoder() -> bytes:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    randomise(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.norm.weight.add_(1.0)
+    made = as_onnx(model)
+    feeds = _inputs(WORD_INPUT, np.random.default_rng(0))
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(feeds["input_ids"])).numpy()
+    if not np.allclose(_run(made, feeds)[0], wanted, atol=1e-4 * np.abs(wanted).max()):
+        raise ValueError("the decoder differs from torch")
+    return made.SerializeToString()
+
+
+def decoder() -> onnx.ModelProto:
+    """The decoder of ``onnx_decoder``."""
+    return onnx.load_from_string(_decoder())
 
 
 # ------------------------------------------------------------------------------------------------- programs and forms
@@ -407,6 +431,11 @@ FORMS: dict[str, Form] = {
     "dynamic_quantised_bert": Form(
         partial(bert, opset=17), partial(quantised, inputs=TEXT_INPUTS, static=False), "onnxruntime quantize_dynamic",
         TEXT_INPUTS, {}, close=0.5, more=INTEGERS | {"skipped": ["prune the floating-point model, then quantise"]},
+    ),
+    "onnx24_decoder": Form(
+        decoder, lambda model: model, "onnx.helper, operators of ONNX 23 and 24", WORD_INPUT,
+        {"v": DEPTH, "ffn": DEPTH, "residual": 1},
+        more={"source": "own decoder", "fixed": {"qk": "joined by Concat", "head": "query heads share key heads"}},
     ),
     "onnxsim_vit": Form(partial(vit, sdpa=True), simplified, "onnxsim", IMAGE_INPUT, VIT_GROUPS),
     "onnxslim_vit": Form(partial(vit, "dynamo", 18), slimmed, "onnxslim", IMAGE_INPUT, VIT_GROUPS),
