@@ -106,6 +106,16 @@ def prune(
     return run.prune(source, output, dry_run)
 
 
+@contextmanager
+def _advised(analysis: Analysis) -> Iterator[None]:
+    """What a quantised model cannot do, its floating-point version can."""
+    try:
+        yield
+    except PlanError as error:
+        advice = describe(analysis.graph)
+        raise PlanError(error.message, hint=advice or error.hint) from error
+
+
 class _Run:
     """The stages of one pruning run, their timing and their notes."""
 
@@ -135,7 +145,8 @@ class _Run:
         plan = self._given_plan(analysis, mark)
         if plan is None and self.options.allocation == "auto" and self.options.of == "latency":
             analysis = self._with_latency(analysis)
-        counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
+        with _advised(analysis):
+            counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
         data = self._data(analysis)
@@ -145,7 +156,8 @@ class _Run:
         unseen, held = rest[:third], rest[third:]
         loss = self._loss(analysis, reconstruction, unseen)
         if plan is None:
-            plan = self._make_plan(analysis, counts, statistics, reconstruction, loss, mark)
+            with _advised(analysis):
+                plan = self._make_plan(analysis, counts, statistics, reconstruction, loss, mark)
         if not plan.settings:
             plan = replace(plan, settings=settings(self.options, data))
         record = new_record(analysis, plan, self.options, data)
@@ -224,7 +236,7 @@ class _Run:
         if not groups:
             raise PlanError(
                 f"the model has nothing to cut in scope {','.join(scope)}",
-                hint=describe(analysis.graph) or "onnxsnp inspect lists its groups and the reasons",
+                hint="onnxsnp inspect lists its groups and the reasons",
             )
         return groups
 

@@ -130,7 +130,7 @@ def _attend(
     if attribute(w.node, "unidirectional", 0):
         ahead = w.add("Greater", _places(w, keys), w.unsqueeze(_places(w, queries), [1]))
         scores = w.add("Add", scores, w.add("Where", ahead, w.lowest(), w.number(0.0)))
-    mixed = w.add("MatMul", w.add("Softmax", scores, axis=-1), value)
+    mixed = w.add("MatMul", w.add("Softmax", scores, axis=3), value)
     joined = w.add("Transpose", mixed, perm=[0, 2, 1, 3])
     w.add("Reshape", joined, w.integers([0, 0, -1]), into=w.node.output[0])
 
