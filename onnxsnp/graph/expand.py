@@ -109,16 +109,20 @@ def _laid_out(w: Writer) -> None:
 
 
 def _fused_matmul(w: Writer) -> None:
-    """FusedMatMul and TransposeMatMul: alpha · A' B', with either operand transposed."""
-    if attribute(w.node, "transBatchA", 0) or attribute(w.node, "transBatchB", 0):
-        raise LeftAloneError("it transposes batch axes")
+    """FusedMatMul and TransposeMatMul: alpha · A' B', with either operand transposed.
+
+    `trans` swaps the axes of the matrix; with `transBatch` one of them, the first axis, lies in front of the batch.
+    """
     operands = []
-    for slot, mark in ((0, "transA"), (1, "transB")):
+    for slot, mark in enumerate("AB"):
         name = w.node.input[slot]
         rank = len(w.shapes[name])
-        if attribute(w.node, mark, 0) and rank > 1:
-            name = w.add("Transpose", name, perm=[*range(rank - 2), rank - 1, rank - 2])
-        operands.append(name)
+        swapped, apart = (attribute(w.node, f"{which}{mark}", 0) for which in ("trans", "transBatch"))
+        batch, matrix = list(range(rank - 2)), [rank - 2, rank - 1]
+        if apart:
+            batch, matrix = list(range(1, rank - 1)), [0, rank - 1]
+        order = batch + (matrix[::-1] if swapped else matrix)
+        operands.append(name if rank < 2 or order == sorted(order) else w.add("Transpose", name, perm=order))
     alpha = attribute(w.node, "alpha", 1.0)
     if alpha == 1.0:
         w.add("MatMul", *operands, into=w.node.output[0])

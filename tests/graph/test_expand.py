@@ -40,6 +40,14 @@ def test_products_with_scale_and_transposes(op: str, trans: tuple[int, int]) -> 
     assert_same(model_of(op, feeds, {}, ["a", "b"], transA=trans[0], transB=trans[1], alpha=0.35), feeds)
 
 
+@pytest.mark.parametrize("trans", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_products_of_matrices_with_one_axis_in_front_of_the_batch(trans: tuple[int, int]) -> None:
+    a = noise(*((4, 2, 3, 5) if trans[0] else (5, 2, 3, 4)))
+    b = noise(*((6, 2, 3, 4) if trans[1] else (4, 2, 3, 6)))
+    settings = {"transA": trans[0], "transB": trans[1], "transBatchA": 1, "transBatchB": 1, "alpha": 0.35}
+    assert_same(model_of("FusedMatMul", {"a": a, "b": b}, {}, ["a", "b"], **settings), {"a": a, "b": b})
+
+
 def test_a_product_by_a_transposed_weight_has_a_constant_weight_after_normalisation() -> None:
     feeds, weights = {"a": noise(2, 5, 4)}, {"w": noise(6, 4)}
     found = normalize(load(model_of("FusedMatMul", feeds, weights, ["a", "w"], transB=1)))
