@@ -285,6 +285,13 @@ def _cast_end(model: onnx.ModelProto, name: str, kind: int, first: bool) -> None
         model.graph.node.append(helper.make_node("Cast", [inner], [name], to=TensorProto.FLOAT))
 
 
+def fused_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What onnxruntime.transformers makes for a GPU: fused, in half precision."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(fused(model, "bert"), keep_io_types=True, disable_shape_infer=True)
+
+
 def mixed(model: onnx.ModelProto) -> onnx.ModelProto:
     """Projections in half precision, norms and softmax in single, with Casts between."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -415,6 +422,10 @@ FORMS: dict[str, Form] = {
     "bfloat_vit": Form(
         partial(vit, "dynamo", 23, sdpa=True), partial(in_type, kind=TensorProto.BFLOAT16, ends=False),
         "dynamo, bfloat16", IMAGE_INPUT, VIT_GROUPS, close=0.1,
+    ),
+    "ort_half_bert": Form(
+        bert, fused_half, "onnxruntime.transformers optimizer, bert, float16", TEXT_INPUTS, BERT_GROUPS, close=1e-2,
+        more=HALF,
     ),
     "constants_vit": Form(
         vit, constants_as_nodes, "torchscript, initializers as Constant nodes", IMAGE_INPUT, VIT_GROUPS
