@@ -14,7 +14,7 @@ import networkx as nx
 
 from onnxsnp.graph.axes import Axis, Factors, solve
 from onnxsnp.graph.facts import Facts, Freeze
-from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.ir import Graph, subgraph_reads
 from onnxsnp.graph.rules import gather_facts
 from onnxsnp.graph.sharing import tie_shared_weights
 
@@ -66,7 +66,8 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
     ends = graph.inputs, graph.outputs
     facts = gather_facts(graph.nodes, shapes, graph.weights, graph.opset, *ends, blocks, graph.unexpanded)
     tie_shared_weights(graph, facts)
-    used = {name for node in graph.nodes for name in [*node.input, *node.output] if name}
+    reads = (name for node in graph.nodes for name in [*node.input, *node.output, *subgraph_reads(node)])
+    used = {name for name in reads if name}
     sizes: dict[Axis, int] = {
         (name, index): size
         for name in [*graph.inputs, *sorted(used)]

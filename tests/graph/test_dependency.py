@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import graphs
 import networkx as nx
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from onnxsnp.analysis import analyse_model
 
@@ -45,3 +48,39 @@ def test_sizes_that_clash_freeze_everything_they_touch() -> None:
     for weight, axis in (("a.w", 1), ("b.w", 0)):
         for atom in structure.dependencies.atoms(weight, axis):
             assert any("do not factor alike" in freeze.reason for freeze in structure.dependencies.frozen[atom])
+
+
+def with_loop(count: int = 3) -> onnx.ModelProto:
+    """Two hidden layers, then a Loop whose body multiplies the second one by a weight of the outer graph each time."""
+    net = graphs.Net()
+    h = net.op("Relu", net.linear(net.input("x", ["N", 6]), "a", 6, 16))
+    h = net.op("Relu", net.linear(h, "b", 16, 12), name="second")
+    net.output(net.linear(h, "c", 12, 5), ["N", 5])
+    model = net.proto()
+    held = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("sum", TensorProto.FLOAT, None)]
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["second.out", "d.w"], ["product"]),
+            helper.make_node("Add", ["sum", "product"], ["sum.next"]),
+            helper.make_node("Identity", ["go"], ["go.next"]),
+        ],
+        "body",
+        [helper.make_tensor_value_info(*entry) for entry in held],
+        [helper.make_tensor_value_info(f"{name}.next", kind, shape) for name, kind, shape in held[1:]],
+    )
+    last = model.graph.node[-1]
+    last.output[0] = "start"
+    model.graph.node.append(helper.make_node("Loop", ["count", "true", "start"], ["y"], name="loop", body=body))
+    for name, value in (("count", count), ("true", True), ("d.w", net.weight("d.w", 12, 5).values)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def test_what_a_body_reads_from_outside_is_left_alone() -> None:
+    structure = analyse_model(with_loop()).structure
+    found = {group.size: group for group in structure.groups}
+    assert found[16].prunable
+    assert "operator Loop: it runs a graph of its own (at loop)" in found[12].reasons[0]
+    frozen = structure.dependencies.frozen
+    assert all(atom in frozen for atom in structure.dependencies.atoms("d.w"))
