@@ -30,8 +30,9 @@ import torch
 from export_timm import quiet
 from export_tiny import RECIPES, build, export_onnx, randomise, strip
 from onnx import TensorProto, helper, numpy_helper
+from onnx_decoder import DEPTH as LAYERS
+from onnx_decoder import SHARED, SIZE, Decoder, as_onnx, step_as_onnx
 from onnx_decoder import TOKENS as PLACES_OF_DECODER
-from onnx_decoder import Decoder, as_onnx
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "exports" / "families"
@@ -48,6 +49,14 @@ TEXT_INPUTS = {
     "token_type_ids": {"shape": [2, TOKENS], "type": "int64", "below": 2},
 }
 WORD_INPUT = {"input_ids": {"shape": [2, PLACES_OF_DECODER], "type": "int64", "below": WORDS}}
+STEP_INPUTS = {
+    "input_ids": {"shape": [2, 1], "type": "int64", "below": WORDS},
+    "attention_mask": {"shape": [2, PLACES_OF_DECODER], "type": "int64", "mask": True},
+} | {
+    f"past.{index}.{part}": {"shape": [2, SHARED, PLACES_OF_DECODER - 1, SIZE], "type": "float32"}
+    for index in range(LAYERS)
+    for part in ("key", "value")
+}
 HALF = {"tolerance": 2e-2}
 INTEGERS = {"tolerance": 0.2}  # where a number is rounded to one of 255 depends on the order of the sums before it
 
@@ -167,6 +176,29 @@ def _decoder() -> bytes:
     if not np.allclose(_run(made, feeds)[0], wanted, atol=1e-4 * np.abs(wanted).max()):
         raise ValueError("the decoder differs from torch")
     return made.SerializeToString()
+
+
+@cache
+def _step() -> bytes:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    randomise(model, torch.Generator().manual_seed(1))
+    made = step_as_onnx(model)
+    ids = _inputs(WORD_INPUT, np.random.default_rng(0))["input_ids"]
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).numpy()[:, -1:]
+    feeds = {"input_ids": ids[:, -1:], "attention_mask": np.ones_like(ids)}
+    for index, layer in enumerate(model.layers):
+        for part, tensor in zip(("key", "value"), layer.kept, strict=True):
+            feeds[f"past.{index}.{part}"] = tensor[:, :, :-1].numpy()
+    if not np.allclose(_run(made, feeds)[0], wanted, atol=1e-4 * np.abs(wanted).max()):
+        raise ValueError("the step differs from torch")
+    return made.SerializeToString()
+
+
+def step() -> onnx.ModelProto:
+    """One step of it with a cache."""
+    return onnx.load_from_string(_step())
 
 
 def decoder() -> onnx.ModelProto:
@@ -447,6 +479,11 @@ FORMS: dict[str, Form] = {
         decoder, lambda model: model, "onnx.helper, operators of ONNX 23 and 24", WORD_INPUT,
         {"v": DEPTH, "ffn": DEPTH, "residual": 1},
         more={"source": "own decoder", "fixed": {"qk": "joined by Concat", "head": "query heads share key heads"}},
+    ),
+    "ort_cache_decoder": Form(
+        step, lambda model: model, "onnx.helper, GroupQueryAttention of onnxruntime", STEP_INPUTS,
+        {"ffn": DEPTH, "residual": 1}, sites=0,
+        more={"source": "own decoder, one step with a cache", "skipped": ["keeps a key/value cache"] * 3 * LAYERS},
     ),
     "onnxsim_vit": Form(partial(vit, sdpa=True), simplified, "onnxsim", IMAGE_INPUT, VIT_GROUPS),
     "onnxslim_vit": Form(partial(vit, "dynamo", 18), slimmed, "onnxslim", IMAGE_INPUT, VIT_GROUPS),
