@@ -180,3 +180,25 @@ def test_pooling_over_one_axis_is_a_mean(opset: int) -> None:
 def expanded_types(model: onnx.ModelProto) -> list[str]:
     graph = as_graph(load(model))
     return expand(graph, probe(graph).shapes)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "domain", "opset"),
+    [
+        ("LayerNormalization", "x g", "", 13),
+        ("SimplifiedLayerNormalization", "x g", "", 17),
+        ("SkipLayerNormalization", "x y g", "com.microsoft", 17),
+        ("SkipSimplifiedLayerNormalization", "x y g", "com.microsoft", 17),
+        ("EmbedLayerNormalization", "i  w p  g b", "com.microsoft", 17),
+    ],
+)
+def test_a_norm_that_does_not_say_its_epsilon_has_the_operators_own(
+    op: str, inputs: str, domain: str, opset: int
+) -> None:
+    small = {"x": 1e-3 * noise(2, 5, 8), "y": 1e-3 * noise(2, 5, 8), "i": np.zeros((2, 5), "i4")}
+    tables = {"g": 1 + noise(8), "b": noise(8), "w": 1e-3 * noise(3, 8), "p": 1e-3 * noise(7, 8)}
+    names = inputs.split(" ")
+    feeds = {name: array for name, array in small.items() if name in names}
+    weights = {name: array for name, array in tables.items() if name in names}
+    outputs = ["out", "lengths"] if op.startswith("Embed") else 1
+    assert_same(model_of(op, feeds, weights, names, outputs, opset, domain), feeds, 1e-5)
