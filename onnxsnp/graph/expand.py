@@ -66,7 +66,7 @@ def _expansion(node: NodeProto, opset: int, shapes: Mapping[str, tuple[int, ...]
     domain = "" if node.domain == "ai.onnx" else node.domain
     if opset >= _STANDARD_SINCE.get((domain, node.op_type), 1_000):
         return None
-    if (domain, node.op_type) == ("", "GlobalAveragePool") and len(shapes[node.input[0]]) == 3:
+    if (domain, node.op_type) == ("", "GlobalAveragePool") and len(shapes.get(node.input[0], ())) == 3:
         return _mean  # of an image it is a rule's; over one axis, a normalisation's mean
     if domain == "com.microsoft.nchwc":
         return _laid_out

@@ -125,11 +125,12 @@ def _attend(
     scores = w.add("Mul", scores, w.number(scale))
     if extra:
         scores = w.add("Add", scores, extra)
-    if mask:
-        scores = _masked(w, scores, mask, keys)
-    if attribute(w.node, "unidirectional", 0):
+    hidden = _hidden(w, mask, keys) if mask else ""
+    if attribute(w.node, "unidirectional", 0):  # takes the place of a mask's number, so that they never add up to -inf
         ahead = w.add("Greater", _places(w, keys), w.unsqueeze(_places(w, queries), [1]))
-        scores = w.add("Add", scores, w.add("Where", ahead, w.lowest(), w.number(0.0)))
+        hidden = w.add("Where", ahead, w.lowest(), hidden or w.number(0.0))
+    if hidden:
+        scores = w.add("Add", scores, hidden)
     mixed = w.add("MatMul", w.add("Softmax", scores, axis=3), value)
     joined = w.add("Transpose", mixed, perm=[0, 2, 1, 3])
     w.add("Reshape", joined, w.integers([0, 0, -1]), into=w.node.output[0])
@@ -139,8 +140,8 @@ def _places(w: Writer, tokens: tuple[str, int]) -> str:
     return w.add("Range", w.whole(0), w.size_of(*tokens), w.whole(1))
 
 
-def _masked(w: Writer, scores: str, mask: str, keys: tuple[str, int]) -> str:
-    """Scores with a large negative number added where a mask of one of onnxruntime's forms hides the key."""
+def _hidden(w: Writer, mask: str, keys: tuple[str, int]) -> str:
+    """A large negative number where a mask of one of onnxruntime's forms hides the key; empty if it hides nothing."""
     shape = w.shapes[mask]
     batch, tokens = w.shapes[keys[0]][0], w.shapes[keys[0]][keys[1]]
     if len(shape) == 1 and shape[0] == batch:  # lengths
@@ -149,14 +150,14 @@ def _masked(w: Writer, scores: str, mask: str, keys: tuple[str, int]) -> str:
         )
         axes = [1, 2]
     elif len(shape) == 2 and shape[1] == 1 != tokens:  # a mask of this shape hides nothing
-        return scores
+        return ""
     elif len(shape) in (2, 3) and shape[-1] == tokens:  # 1 where a key is seen, 0 where it is not
         hidden = w.add("Not", w.add("Greater", w.add("Cast", mask, to=TensorProto.INT64), w.whole(0)))
         axes = [1, 2] if len(shape) == 2 else [1]
     else:
         raise LeftAloneError(f"its mask has the form {'×'.join(map(str, shape))}")
     value = w.number(attribute(w.node, "mask_filter_value", _FILTER))
-    return w.add("Add", scores, w.unsqueeze(w.add("Where", hidden, value, w.number(0.0)), axes))
+    return w.unsqueeze(w.add("Where", hidden, value, w.number(0.0)), axes)
 
 
 def _rotate(w: Writer, cosines: str, sines: str, size: int, heads: int) -> None:

@@ -39,12 +39,13 @@ def test_one_weight_for_query_key_and_value(mask: str, opset: int) -> None:
         {"qkv_hidden_sizes": [8, 8, 12]},
         {"mask_filter_value": -3.0},
         {"unidirectional": 1, "mask_filter_value": -3.0},
+        {"unidirectional": 1, "mask_filter_value": float(np.finfo("f4").min)},
     ],
     ids=str,
 )
 def test_settings_of_the_packed_operator(settings: dict[str, Any]) -> None:
     width = sum(settings.get("qkv_hidden_sizes", [8, 8, 8]))
-    feeds = {"x": noise(B, S, 6), "m": MASKS["keys"]}
+    feeds = {"x": noise(B, S, 6), "m": MASKS["keys"][:, ::-1].copy()}  # its first token sees nothing but masked keys
     weights = {"w": noise(6, width), "b": noise(width)}
     assert_same(model_of("Attention", feeds, weights, ["x", "w", "b", "m"], num_heads=H, **settings), feeds, 1e-5)
 
