@@ -477,8 +477,8 @@ FORMS: dict[str, Form] = {
     ),
     "onnx24_decoder": Form(
         decoder, lambda model: model, "onnx.helper, operators of ONNX 23 and 24", WORD_INPUT,
-        {"v": DEPTH, "ffn": DEPTH, "residual": 1},
-        more={"source": "own decoder", "fixed": {"qk": "joined by Concat", "head": "query heads share key heads"}},
+        {"qk": DEPTH, "v": DEPTH, "ffn": DEPTH, "residual": 1},
+        more={"source": "own decoder", "fixed": {"head": "query heads share key heads"}},
     ),
     "ort_cache_decoder": Form(
         step, lambda model: model, "onnx.helper, GroupQueryAttention of onnxruntime", STEP_INPUTS,

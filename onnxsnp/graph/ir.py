@@ -64,8 +64,9 @@ class Graph:
             clone = NodeProto()
             clone.CopyFrom(node)
             nodes.append(clone)
-        held = (dict(each) for each in (self.weights, self.origin, self.parts, self.copies, self.unexpanded))
-        return Graph(self.shell, nodes, *held)
+        graph = Graph(self.shell, nodes, dict(self.weights), dict(self.origin), dict(self.parts), dict(self.copies))
+        graph.unexpanded = dict(self.unexpanded)
+        return graph
 
     @property
     def inputs(self) -> list[str]:
