@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxsnp.analysis import analyse_model
 from onnxsnp.errors import VerificationError
 from onnxsnp.evaluation.verify import check_graph, tolerance
-from onnxsnp.graph.ir import graph_inputs
+from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.normalize import as_graph, normalize
 from onnxsnp.graph.precision import BRAIN, element_types, is_float, wide, widen
 from onnxsnp.model import load
