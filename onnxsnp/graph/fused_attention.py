@@ -166,8 +166,6 @@ def _rotate(w: Writer, cosines: str, sines: str, size: int, heads: int) -> None:
     Args:
         cosines, sines: [B or 1, tokens, size / 2].
     """
-    if attribute(w.node, "interleaved", 0):
-        raise LeftAloneError("its pairs are interleaved")
     data = w.node.input[0]
     flat = len(w.shapes[data]) == 3
     width = w.shapes[data][-1]
@@ -178,10 +176,18 @@ def _rotate(w: Writer, cosines: str, sines: str, size: int, heads: int) -> None:
     if size < head:
         data, rest = w.split(data, [size, head - size], 3)
     tables = [w.unsqueeze(table, [2 if flat else 1]) for table in (cosines, sines)]
-    first, second = w.split(data, [size // 2, size // 2], 3)
-    turned = w.add("Concat", w.add("Neg", second), first, axis=3)
-    cosine, sine = (w.add("Concat", table, table, axis=3) for table in tables)
+    interleaved = attribute(w.node, "interleaved", 0)  # pairs are neighbours, not half a head apart
+    if interleaved:
+        data, axis, half = w.add("Reshape", data, w.integers([0, 0, 0, -1, 2])), 4, 1
+        cosine, sine = (w.unsqueeze(table, [4]) for table in tables)
+    else:
+        axis, half = 3, size // 2
+        cosine, sine = (w.add("Concat", table, table, axis=3) for table in tables)
+    first, second = w.split(data, [half, half], axis)
+    turned = w.add("Concat", w.add("Neg", second), first, axis=axis)
     result = w.add("Add", w.add("Mul", data, cosine), w.add("Mul", turned, sine))
+    if interleaved:
+        result = w.add("Reshape", result, w.integers([0, 0, 0, -1]))
     if rest:
         result = w.add("Concat", result, rest, axis=3)
     if flat:

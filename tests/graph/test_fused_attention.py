@@ -104,19 +104,21 @@ def test_a_cache_stays_with_its_reason() -> None:
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("places", ["first", "all"])
 @pytest.mark.parametrize("part", [False, True])
-def test_rotary_embeddings(flat: bool, places: str, part: bool) -> None:
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary_embeddings(flat: bool, places: str, part: bool, interleaved: int) -> None:
     size, turned = 8, 4 if part else 8
     feeds = {"x": noise(B, S, H * size) if flat else noise(B, H, S, size)}
     feeds["p"] = np.asarray([2], "i8") if places == "first" else np.random.default_rng(0).integers(0, 9, (B, S))
     weights = {"c": noise(9, turned // 2), "s": noise(9, turned // 2)}
-    settings = {"rotary_embedding_dim": turned, "num_heads": H} if part else {}
+    settings = {"interleaved": interleaved} | ({"rotary_embedding_dim": turned, "num_heads": H} if part else {})
     assert_same(model_of("RotaryEmbedding", feeds, weights, ["x", "p", "c", "s"], **settings), feeds, 1e-5)
 
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("placed", [True, False])
 @pytest.mark.parametrize("part", [0, 4])
-def test_rotary_embeddings_of_onnx_itself(flat: bool, placed: bool, part: int) -> None:
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary_embeddings_of_onnx_itself(flat: bool, placed: bool, part: int, interleaved: int) -> None:
     size, turned = 8, part or 8
     feeds = {"x": noise(B, S, H * size) if flat else noise(B, H, S, size)}
     leading = (9,) if placed else (B, S)
@@ -125,11 +127,5 @@ def test_rotary_embeddings_of_onnx_itself(flat: bool, placed: bool, part: int) -
     if placed:
         feeds["p"] = np.random.default_rng(0).integers(0, 9, (B, S))
         names.append("p")
-    settings = {"rotary_embedding_dim": part} | ({"num_heads": H} if flat else {})
+    settings = {"rotary_embedding_dim": part, "interleaved": interleaved} | ({"num_heads": H} if flat else {})
     assert_same(model_of("RotaryEmbedding", feeds, weights, names, opset=23, domain="", **settings), feeds, 1e-5)
-
-
-def test_interleaved_pairs_stay_with_their_reason() -> None:
-    feeds, weights = {"x": noise(B, H, S, 8)}, {"c": noise(B, S, 4), "s": noise(B, S, 4)}
-    model = model_of("RotaryEmbedding", feeds, weights, ["x", "c", "s"], opset=23, domain="", interleaved=1)
-    assert "interleaved" in expanded(model).unexpanded["fused"]
