@@ -132,14 +132,14 @@ def straight_from(
 
 def _step(node: NodeProto, atom: int, graph: Graph, dependencies: Dependencies, biases: set[str]) -> str | None:
     """The activation one linear step before, or None where the operator is not such a step."""
+    if node.op_type in REARRANGE:  # what else it reads are sizes, axes or a type
+        return node.input[0] if node.input[0] not in graph.weights else None
     shapes = dependencies.facts.shapes
     numbers = {name for name in node.input if prod(shapes.get(name, (0,))) == 1 and name not in graph.weights}
     activations = [name for name in node.input if name and name not in graph.weights and name not in numbers]
     if len(activations) != 1:
         return None
     constants = [name for name in node.input if name in graph.weights]
-    if node.op_type in REARRANGE and not numbers:
-        return activations[0]
     if node.op_type == "Add" and len(constants) == 1 and constants[0] in biases:
         return activations[0]
     scaled = node.op_type == "Mul" or (node.op_type == "Div" and node.input[0] == activations[0])
