@@ -110,8 +110,8 @@ def prune(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or zip of images, or .npz/.npy of inputs, like those the model will see; no labels needed. "
-            "Default: generated images.",
+            help="Folder or zip of images, .npz/.npy of inputs, or a folder with one .npy per input, like those the "
+            "model will see; no labels needed. Default: generated inputs.",
             rich_help_panel=_INPUT,
         ),
     ] = None,

@@ -60,6 +60,11 @@ class InputSpec:
         return f"{self.name}: ({sizes}) {self.dtype}"
 
 
+def is_inverted(mask: str) -> bool:
+    """Whether a mask marks what is not there, as PyTorch's padding masks do."""
+    return "padding" in mask.lower()
+
+
 def symbol_size(symbol: str, size_of: Callable[[str], int]) -> int:
     """The size of a symbolic axis; `past + sequence` and `2*width` are computed, anything else is one symbol.
 

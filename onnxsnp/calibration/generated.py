@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxsnp.calibration.preprocess import ImageTarget, Preprocess, axis_size, image_target
-from onnxsnp.runtime import InputSpec, channel_axis
+from onnxsnp.runtime import InputSpec, channel_axis, is_inverted
 
 DEFAULT_SAMPLES = 256
 DEFAULT_SEQUENCE = 128
@@ -117,7 +117,7 @@ def _mask(spec: InputSpec, shape: tuple[int, ...], share: float) -> np.ndarray:
     there = np.ones(shape, bool)
     if len(shape) == 1 and spec.dtype.kind in "iub":
         there = np.arange(shape[0]) < max(1, round(share * shape[0]))
-    return (there != ("padding" in spec.name.lower())).astype(spec.dtype)
+    return (there != is_inverted(spec.name)).astype(spec.dtype)
 
 
 def dead_leaves(height: int, width: int, channels: int, rng: np.random.Generator) -> np.ndarray:

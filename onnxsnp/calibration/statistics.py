@@ -28,8 +28,10 @@ from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
+from onnxsnp.graph.inputs import padding_masks
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
 from onnxsnp.parallel import Crew
+from onnxsnp.runtime import is_inverted
 from onnxsnp.scoring.snp import qk_scores
 
 if TYPE_CHECKING:
@@ -377,6 +379,7 @@ class _Builder:
         self._graph = graph.copy()
         self._deps = dependencies
         self._namer = Namer(graph.names())
+        self._masks = padding_masks(graph)
         floats = [array for array in graph.weights.values() if array.dtype.kind not in "iub"]
         self._cast = any(array.dtype != np.float32 for array in floats)
         self.outputs: list[str] = []
@@ -407,12 +410,15 @@ class _Builder:
         return _Operand(gram, mean, count, axes, axis)
 
     def moments(self, tensor: str) -> tuple[list[str], str, str]:
-        """XᵀX, Σx and the number of entries of an activation with its features last.
+        """XᵀX, Σx and the number of entries of an activation with its features last, without tokens that are padding.
 
         XᵀX is symmetric, so of a wide one only bands to the right of the diagonal are computed: 5/8 of it with four.
         """
         width = self._deps.facts.shapes[tensor][-1]
         flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
+        there = self._there(tensor)
+        if there is not None:
+            flat = self._node("Compress", [flat, there], axis=0)
         taken = self._namer("onnxsnp.tokens")
         if width >= _WIDE:
             first, every = (self._node("Gather", [taken, self._constant(np.asarray(index))]) for index in (0, 1))
@@ -433,6 +439,17 @@ class _Builder:
         if width >= _WIDE:
             self.widths[taken] = (size, width)
         return bands, total, size
+
+    def _there(self, tensor: str) -> str | None:
+        """Which tokens of an activation are no padding, bool [tokens]; None where no mask of the model says so."""
+        axes = range(len(self._deps.facts.shapes[tensor]) - 1)
+        tokens = tuple(atom for axis in axes for atom in self._deps.atoms(tensor, axis))
+        for mask, inputs in self._masks.items():
+            if tokens and any(self._deps.atoms(name) == tokens for name in inputs):
+                flat = self._node("Reshape", [mask, self._constant(np.asarray([-1]))])
+                marked = self._node("Cast", [flat], to=TensorProto.BOOL)
+                return self._node("Not", [marked]) if is_inverted(mask) else marked
+        return None
 
     def _columns(self, tensor: str, start: int, stop: int) -> str:
         bounds = [self._constant(np.asarray([value])) for value in (start, stop, 1)]

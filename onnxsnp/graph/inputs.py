@@ -64,6 +64,20 @@ def id_bounds(graph: Graph) -> dict[str, int]:
     return found
 
 
+def padding_masks(graph: Graph) -> dict[str, list[str]]:
+    """Inputs [batch, tokens] that say which tokens are there, and all inputs that have their tokens.
+
+    They are known by their names and types, and the inputs that go with them by the symbols of their sizes.
+    """
+    specs = graph_inputs(graph)
+    found = {}
+    for spec in specs:
+        if "mask" in spec.name.lower() and spec.dtype.kind in "iub" and len(spec.shape) == 2:
+            named = all(isinstance(size, str) for size in spec.shape)
+            found[spec.name] = [one.name for one in specs if one is spec or (named and one.shape == spec.shape)]
+    return found
+
+
 def _rows(node: NodeProto, graph: Graph, producers: Mapping[str, NodeProto]) -> int | None:
     """Entries of the table a node looks up in; None if that is no constant."""
     name = node.input[0]

@@ -70,9 +70,18 @@ def way_to(tensor: str, atom: int, graph: Graph, dependencies: Dependencies, lin
 
 def read_elsewhere(name: str, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> str:
     """Another reader of a tensor, by name; empty if there is none. One that asks for size or type does not count."""
-    uses = [(node, slot) for node, slot in readers.get(name, []) if node.op_type not in ("Shape", "Size")]
+    uses = [(node, slot) for node, slot in readers.get(name, []) if not _asks_for_size(node, graph, readers)]
     others = [node.name for node, slot in uses if (node.op_type, slot) != ("CastLike", 1)]
     return others[-1] if len(others) > 1 else name if name in graph.outputs else ""
+
+
+def _asks_for_size(node: NodeProto, graph: Graph, readers: Mapping[str, Sequence[tuple[NodeProto, int]]]) -> bool:
+    """Whether a node gives sizes, or a tensor of which only the sizes are read."""
+    if node.op_type in ("Shape", "Size"):
+        return True
+    after = [one for output in node.output for one, _ in readers.get(output, [])]
+    sizes = all(one.op_type in ("Shape", "Size") for one in after)
+    return bool(after) and sizes and not set(node.output) & set(graph.outputs)
 
 
 def _even(scale: str, linear: Linear, graph: Graph, dependencies: Dependencies) -> bool:
@@ -132,14 +141,14 @@ def straight_from(
 
 def _step(node: NodeProto, atom: int, graph: Graph, dependencies: Dependencies, biases: set[str]) -> str | None:
     """The activation one linear step before, or None where the operator is not such a step."""
+    if node.op_type in REARRANGE:  # what else it reads are sizes, axes or a type
+        return node.input[0] if node.input[0] not in graph.weights else None
     shapes = dependencies.facts.shapes
     numbers = {name for name in node.input if prod(shapes.get(name, (0,))) == 1 and name not in graph.weights}
     activations = [name for name in node.input if name and name not in graph.weights and name not in numbers]
     if len(activations) != 1:
         return None
     constants = [name for name in node.input if name in graph.weights]
-    if node.op_type in REARRANGE and not numbers:
-        return activations[0]
     if node.op_type == "Add" and len(constants) == 1 and constants[0] in biases:
         return activations[0]
     scaled = node.op_type == "Mul" or (node.op_type == "Div" and node.input[0] == activations[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import graphs
 import numpy as np
+import onnx
 import pytest
 
 from onnxsnp.analysis import Analysis, analyse_model
@@ -191,3 +192,31 @@ def test_of_a_wide_activation_with_tokens_in_plenty_every_few_count_and_all_plac
         np.testing.assert_allclose(found.total, wanted.sum(axis=0, dtype=np.float64), rtol=1e-4, atol=1e-2)
     assert measured(analysis, data, [name], samples=2048).moments[name].count == 6 * 2048
     assert measured(analysis, data, [name]).moments[name].count == 6 * 2048
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "src_key_padding_mask"])
+@pytest.mark.parametrize("symbol", ["T", "U"])
+def test_tokens_that_are_padding_do_not_count(name: str, symbol: str) -> None:
+    net = graphs.Net()
+    x = net.input("x", ["N", "T", 4])
+    mask = net.input(name, ["N", symbol], np.int64)
+    ids = net.input("ids", ["N", symbol], np.int64)
+    there = net.op("Unsqueeze", net.op("Cast", mask, to=onnx.TensorProto.FLOAT), [2])
+    hidden = net.op("Relu", net.linear(net.op("Add", x, net.op("Gather", net.weight("e", 9, 4), ids)), "fc1", 4, 6))
+    flat = net.op("Identity", net.reshape(hidden, -1, 6))
+    net.output(net.reshape(net.linear(flat, "fc2", 6, 3), 2, -1, 3), [2, "T", 3])
+    net.output(there, ["N", symbol, 1], "seen")
+    model = net.proto()
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 7, 4)).astype(np.float32)}
+    feed["ids"] = np.arange(14).reshape(2, 7) % 9
+    kept = np.asarray([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    feed[name] = kept if name == "attention_mask" else 1 - kept
+    analysis = analyse_model(model)
+    tensors = sorted({analysis.linears[weight].data for weight in ("fc1.w", "fc2.w")})
+    found = collect(analysis.graph, analysis.dependencies, [], [], tensors, [Batch(feed, None, 2)], threads=1).moments
+    values = dict(zip(tensors, analysis.graph.session(tensors, threads=1).run(None, feed), strict=True))
+    for tensor in tensors:
+        rows = values[tensor].reshape(14, -1)[kept.reshape(-1) == 1].astype(np.float64)
+        assert found[tensor].count == 10
+        np.testing.assert_allclose(found[tensor].second, rows.T @ rows, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[tensor].mean, rows.mean(axis=0), rtol=1e-5, atol=1e-6)

@@ -92,6 +92,13 @@ def add_relative(net: graphs.Net, scores: Any) -> Any:
     return net.op("Add", scores, next(node.outputs[0] for node in net.graph.nodes if node.name == "table"))
 
 
+def measured_behind_a_transpose(net: graphs.Net, x: Any) -> Any:
+    """Unchanged, but the number of samples, found behind a transpose, is an output of the model."""
+    sizes = net.op("Shape", net.op("Transpose", x, perm=[1, 0, 2, 3]))
+    net.output(net.op("Gather", sizes, [1], axis=0), [1], "samples", np.int64)
+    return x
+
+
 LINEAR: dict[str, dict[str, Hook]] = {
     "plain": {},
     "scale on query": {"q": by(0.4)},
@@ -108,6 +115,7 @@ LINEAR: dict[str, dict[str, Hook]] = {
     "casts": {name: unary("Cast", to=1) for name in ("flat_q", "k", "v", "joined")},
     "identity": {name: unary("Identity") for name in ("q", "flat_k", "v", "mixed")},
     "dropout": {name: unary("Dropout") for name in ("scores", "joined", "flat_v")},
+    "measured behind a transpose": {"k": measured_behind_a_transpose},
     "scaled values": {"v": by(0.3), "mixed": by(vector(HEADS, 1, 1))},
 }
 PAIRS_BLOCKED: dict[str, dict[str, Hook]] = {
