@@ -348,8 +348,8 @@ def mlp(
     return net.proto()
 
 
-def depthwise(channels: int = 6, opset: int = 17, batch: Size = "N") -> onnx.ModelProto:
-    """1x1 convolution, depthwise 3x3 convolution, 1x1 convolution, mean over the image."""
+def depthwise(channels: int = 6, opset: int = 17, batch: Size = "N", kernel: int = 1) -> onnx.ModelProto:
+    """1x1 convolution, depthwise 3x3 convolution, convolution of a kernel, mean over the image."""
     net = Net(opset)
     x = net.input("x", [batch, 3, 8, 8])
     h = net.op("Conv", x, net.weight("expand.w", channels, 3, 1, 1), net.weight("expand.b", channels))
@@ -363,7 +363,8 @@ def depthwise(channels: int = 6, opset: int = 17, batch: Size = "N") -> onnx.Mod
         pads=[1, 1, 1, 1],
         name="depth",
     )
-    h = net.op("Conv", net.op("Relu", h), net.weight("project.w", 5, channels, 1, 1), net.weight("project.b", 5))
+    project = net.weight("project.w", 5, channels, kernel, kernel, scale=channels**-0.5)
+    h = net.op("Conv", net.op("Relu", h), project, net.weight("project.b", 5))
     net.output(net.op("GlobalAveragePool", h), [batch, 5, 1, 1])
     return net.proto()
 
@@ -410,10 +411,14 @@ def set_weights(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onn
 
 
 def random_plan(groups: Sequence[Any], rng: np.random.Generator, model: str = "any", least: int = 1) -> Plan:
-    """A plan that keeps a random number of random neurons in each of the groups."""
+    """A plan that keeps a random number of random neurons in each of the groups.
+
+    At least three channels of a residual stream: a layer normalisation over one or two is all round-off.
+    """
     entries = []
     for group in groups:
-        kept = int(rng.integers(least, max(group.size, least + 1)))
+        fewest = max(least, 3) if group.kind == "residual" and group.size > 3 else least
+        kept = int(rng.integers(fewest, max(group.size, fewest + 1)))
         keep = [sorted(rng.permutation(group.size)[:kept].tolist()) for _ in range(group.heads)]
         entries.append(GroupPlan(group.id, group.kind, group.size, group.heads, keep))
     return Plan(model, entries)

@@ -139,7 +139,8 @@ def collect(
         qk_groups: query-key groups to score (each belongs to one of `sites`).
         pair_groups: query-key groups whose moments are wanted.
         gain_sites: query-key groups the overlap of whose pairs is wanted.
-        tensors: activations (last axis: features) whose second moments are wanted.
+        tensors: activations whose second moments are wanted; their features are the last axis, or the channels where
+            a convolution reads them.
         rank: components that count in eq. 6; estimated per image and head if None.
         samples: how many there will be about; if None, no token is passed over.
         progress: called with the number of samples after each batch.
@@ -382,6 +383,8 @@ class _Builder:
         self._masks = padding_masks(graph)
         floats = [array for array in graph.weights.values() if array.dtype.kind not in "iub"]
         self._cast = any(array.dtype != np.float32 for array in floats)
+        rows = {name for node in graph.nodes if node.op_type in ("MatMul", "Gemm") for name in node.input[:2]}
+        self._convolved = {node.input[0] for node in graph.nodes if node.op_type == "Conv"} - rows
         self.outputs: list[str] = []
         self.widths: dict[str, tuple[str, int]] = {}
         self.bytes = 0
@@ -410,13 +413,18 @@ class _Builder:
         return _Operand(gram, mean, count, axes, axis)
 
     def moments(self, tensor: str) -> tuple[list[str], str, str]:
-        """XᵀX, Σx and the number of entries of an activation with its features last, without tokens that are padding.
+        """XᵀX, Σx and the number of entries of an activation with its features last, or on axis 1 of an image.
 
-        XᵀX is symmetric, so of a wide one only bands to the right of the diagonal are computed: 5/8 of it with four.
+        Tokens that are padding are left out. XᵀX is symmetric, so of a wide one only bands to the right of the diagonal
+        are computed: 5/8 of it with four.
         """
-        width = self._deps.facts.shapes[tensor][-1]
-        flat = self._node("Reshape", [self._full(tensor), self._constant(np.asarray([-1, width]))])
-        there = self._there(tensor)
+        rank, rows = len(self._deps.facts.shapes[tensor]), self._full(tensor)
+        axis = 1 if tensor in self._convolved else rank - 1
+        width = self._deps.facts.shapes[tensor][axis]
+        there = self._there(tensor) if axis == rank - 1 else None
+        if axis < rank - 1:
+            rows = self._node("Transpose", [rows], perm=[0, *range(2, rank), 1])
+        flat = self._node("Reshape", [rows, self._constant(np.asarray([-1, width]))])
         if there is not None:
             flat = self._node("Compress", [flat, there], axis=0)
         taken = self._namer("onnxsnp.tokens")
@@ -432,8 +440,8 @@ class _Builder:
             bands.append(self._node("Gemm", [band, right], transA=1))
         mean = self._mean(flat, 0)
         size = self._node("Size", [flat])
-        rows = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
-        total = self._node("Mul", [mean, rows])
+        count = self._node("Cast", [self._node("Div", [size, self._constant(np.asarray(width))])], to=TensorProto.FLOAT)
+        total = self._node("Mul", [mean, count])
         self.outputs.extend([*bands, total, size])
         self.bytes += 4 * width * width
         if width >= _WIDE:

@@ -15,6 +15,7 @@ from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, attribute
+from onnxsnp.graph.stacks import expanded
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,20 @@ def cost_model(graph: Graph, dependencies: Dependencies, single: Mapping[str, tu
         for node in graph.nodes
         for term in _node_terms(node, graph, dependencies, single)
     ]
-    return CostModel(macs, _parameters(graph, dependencies), dependencies)
+    return CostModel(
+        [one for term in macs for one in _unstacked(term, dependencies)],
+        [one for term in _parameters(graph, dependencies) for one in _unstacked(term, dependencies)],
+        dependencies,
+    )
+
+
+def _unstacked(term: Term, dependencies: Dependencies) -> list[Term]:
+    """A term as a sum of terms without stacked factors, which shrink with each of their parts."""
+    if not dependencies.stacks.keys() & set(term.atoms):
+        return [term]
+    sums = expanded(term.atoms, dependencies.stacks, dependencies.size)
+    whole = sum(size for size, _ in sums)
+    return [Term(term.name, term.value * size / whole, atoms) for size, atoms in sums]
 
 
 def _node_terms(node: NodeProto, graph: Graph, deps: Dependencies, single: Mapping[str, tuple[int, ...]]) -> list[Term]:

@@ -23,6 +23,7 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.ir import Graph
+from onnxsnp.graph.stacks import above
 from onnxsnp.surgery.rewrite import Cut, cut_graph
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def find_layers(analysis: Analysis, groups: Iterable[Group]) -> dict[str, Layer]
             read.setdefault(name, set()).add(node.name)
     found = {}
     for group in groups:
-        tensors = {place[0] for place in dependencies.places[group.atom]}
+        mine = [group.atom, *above(group.atom, dependencies.stacks)]
+        tensors = {place[0] for atom in mine for place in dependencies.places[atom]}
         nodes = [node for node in graph.nodes if tensors.intersection([*node.input, *node.output])]
         names = frozenset(node.name for node in nodes)
         made = [name for node in nodes for name in node.output if name]

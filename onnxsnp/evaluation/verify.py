@@ -25,7 +25,7 @@ from onnxsnp.graph.normalize import as_graph
 from onnxsnp.graph.precision import BRAIN, element_types, is_float, widen
 from onnxsnp.model import load
 from onnxsnp.runtime import Session, first_line, open_session, run_session
-from onnxsnp.surgery.rewrite import Cut, mask_weights
+from onnxsnp.surgery.rewrite import Cut, mask_array, mask_weights, spread
 from onnxsnp.surgery.unpack import put_back
 
 if TYPE_CHECKING:
@@ -79,27 +79,28 @@ def masked(
 
 def _average_over_kept(graph: Graph, dependencies: Dependencies, cuts: Sequence[Cut]) -> None:
     """Rewrite, in place, the normalisations that run over a cut axis so that they see only the kept channels."""
-    by_atom = {cut.atom: cut for cut in cuts if not cut.head_atoms}
-    touched_nodes: dict[str, Cut] = {}
+    cuts = spread(dependencies, cuts)
+    kept: dict[str, np.ndarray] = {}
     for role in dependencies.facts.statistics:
         atoms = dependencies.atoms(*role.axis)
-        if len(atoms) == 1 and atoms[0] in by_atom:
-            touched_nodes[role.node] = by_atom[atoms[0]]
+        mine = [cut for cut in cuts if cut.atom in atoms and not set(cut.head_atoms) - set(atoms)]
+        if mine:
+            ones = np.ones(dependencies.facts.size(role.axis), bool)
+            kept[role.node] = mask_array(ones, [atoms], dependencies.size, mine)
     namer = Namer(graph.names())
-    types = element_types(graph.skeleton()) if touched_nodes else {}
+    types = element_types(graph.skeleton()) if kept else {}
     rebuilt: list[NodeProto] = []
     for node in graph.nodes:
-        cut = touched_nodes.get(node.name)
-        if cut is None:
+        stays = kept.get(node.name)
+        if stays is None:
             rebuilt.append(node)
             continue
-        size = dependencies.size(cut.atom)
         dtype = types.get(node.input[0]) or _float_type(graph)
         dtype = np.dtype(np.float32) if dtype == BRAIN else dtype
         mask = namer("onnxsnp.mask")
-        graph.weights[mask] = np.isin(np.arange(size), cut.keep[0]).astype(dtype)
+        graph.weights[mask] = stays.astype(dtype)
         factor = namer("onnxsnp.factor")
-        graph.weights[factor] = np.asarray(size / cut.keep.shape[1], dtype)
+        graph.weights[factor] = np.asarray(stays.size / stays.sum(), dtype)
         make = _mean_over_kept if node.op_type == "ReduceMean" else _norm_over_kept
         rebuilt.extend(make(graph, node, mask, factor, namer))
     graph.nodes = rebuilt

@@ -17,6 +17,7 @@ from onnxsnp.graph.facts import Facts, Freeze
 from onnxsnp.graph.ir import Graph, subgraph_reads
 from onnxsnp.graph.rules import gather_facts
 from onnxsnp.graph.sharing import tie_shared_weights
+from onnxsnp.graph.stacks import Stack, find_stacks, spread_freezes
 
 Place = tuple[str, int, int]  # (tensor, axis, position of the factor inside the axis)
 
@@ -31,6 +32,7 @@ class Dependencies:
         graph: networkx graph over places, edges carry `node` (the operator that tied them).
         places: where each factor occurs.
         frozen: what forbids cutting a factor; factors that may be cut are absent.
+        stacks: factors whose indices are those of others, one run after the other.
     """
 
     facts: Facts
@@ -38,6 +40,7 @@ class Dependencies:
     graph: nx.Graph
     places: dict[int, list[Place]]
     frozen: dict[int, list[Freeze]]
+    stacks: dict[int, Stack]
     _atoms: dict[Axis, tuple[int, ...]]
 
     def atoms(self, tensor: str, axis: int | None = None) -> tuple[int, ...]:
@@ -75,6 +78,7 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
     }
     sizes.update(facts.virtual)
     factors, clashes = solve(facts.ties, sizes)
+    stacks, unstacked = find_stacks(facts.concatenations, factors)
     network = nx.Graph()
     places: dict[int, list[Place]] = {}
     atoms = {axis: factors.atoms(axis) for axis in sizes}
@@ -91,7 +95,10 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
     for clash in clashes:
         axes = [*clash.tie.left, *clash.tie.right]
         _note(frozen, factors.atoms(axes), Freeze(axes[0], clash.reason, clash.tie.node))
-    return Dependencies(facts, factors, network, places, frozen, atoms)
+    for run, freeze in unstacked:
+        _note(frozen, run, freeze)
+    spread_freezes(stacks, frozen)
+    return Dependencies(facts, factors, network, places, frozen, stacks, atoms)
 
 
 def _run(atoms: Mapping[Axis, tuple[int, ...]], axes: Sequence[Axis]) -> list[Place]:

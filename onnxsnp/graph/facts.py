@@ -53,13 +53,23 @@ class Select:
     drops_axis: bool = False
 
 
+@dataclass(frozen=True)
+class Concatenation:
+    """The axis `whole` is the axes `parts`, one after the other."""
+
+    node: str
+    whole: Axis
+    parts: tuple[Axis, ...]
+
+
 @dataclass
 class Facts:
     """Everything the rules said about a graph.
 
-    `joins` are the operand tuples of additions of activations; `statistics` the axes normalisations run over; `virtual`
-    the sizes of axes that exist only inside an operator (the heads of a 3-D Attention operand); `unread` the tensors
-    of which only the sizes are read; `blocks` the nodes that take or join parts of an axis whose blocks go together.
+    `joins` are the operand tuples of additions of activations; `sums` those of the freezes that are because of a sum or
+    a length; `statistics` the axes normalisations run over; `virtual` the sizes of axes that exist only inside an
+    operator (the heads of a 3-D Attention operand); `unread` the tensors of which only the sizes are read; `blocks` the
+    nodes that take or join parts of an axis whose blocks go together.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -72,6 +82,8 @@ class Facts:
     selects: list[Select] = field(default_factory=list)
     statistics: list[Role] = field(default_factory=list)
     joins: list[tuple[str, ...]] = field(default_factory=list)
+    concatenations: list[Concatenation] = field(default_factory=list)
+    sums: list[Freeze] = field(default_factory=list)
     virtual: dict[Axis, int] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     blocks: frozenset[str] = frozenset()

@@ -2,8 +2,8 @@
 
 The kind follows from structure alone. A factor that a score product contracts is a query-key size; the one the product
 after the softmax keeps is a value size; the factor that goes with both in every tensor is the head count; a factor tied
-by additions of two activations is the residual stream; one between two projections is an FFN width, and between two
-convolutions a channel count.
+by additions of two activations is the residual stream; one between two projections is an FFN width, and between
+convolutions of more than single places a channel count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from onnx import NodeProto
 from onnxsnp.graph.attention import Site, Unrecognised, find_sites
 from onnxsnp.graph.axes import Axis
 from onnxsnp.graph.dependency import Dependencies, Place
+from onnxsnp.graph.facts import Freeze
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.quantised import said_once
+from onnxsnp.graph.silence import is_silent
+from onnxsnp.graph.spatial import is_pointwise
+from onnxsnp.graph.stacks import above
 
 KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
 
@@ -37,7 +41,8 @@ class Group:
         atom: the factor, for `Dependencies`.
         head_atoms: factors over which indices may be chosen independently, major first.
         places: where the factor occurs in weights.
-        producers: weight axes that emit the neurons; consumers: weight axes that contract them.
+        producers: weight axes that emit the neurons; consumers: weight axes that contract them,
+            alone or stacked with others.
         site: index of the attention site it belongs to.
         reasons: why it must not be cut; empty if it may be.
         further: indices of other sites with the same neurons, because they share weights or tables.
@@ -105,9 +110,10 @@ class _Finder:
         for role in facts.statistics:
             for atom in dependencies.atoms(*role.axis):
                 self.statistics.setdefault(atom, role.node)
-        self.convolved = {
-            axis for node in graph.nodes if node.op_type == "Conv" for axis in ((node.input[1], 0), (node.input[1], 1))
-        }
+        convolutions = [node for node in graph.nodes if node.op_type == "Conv" and node.input[1] in graph.weights]
+        shapes = {node.input[1]: graph.weights[node.input[1]].shape for node in convolutions}
+        self.convolved = set(shapes)
+        self.pointwise = {node.input[1] for node in convolutions if is_pointwise(node, shapes[node.input[1]])}
         self.skipped: list[Unrecognised] = []
         self.kinds: dict[int, str] = {}  # of the factors of attention sites
         self.further: dict[int, list[int]] = {}  # sites whose neurons are those of an earlier one
@@ -156,10 +162,10 @@ class _Finder:
         groups = self._with_further_sites(groups)
         counts: dict[str, int] = {}
         for atom in order:
-            if atom in taken or atom not in self.producers or self.deps.size(atom) == 1:
+            if atom in taken or atom not in self.producers or self.deps.size(atom) == 1 or self._made_up(atom):
                 continue
             kind = self._kind(atom)
-            if atom not in self.consumers:
+            if not self._readers(atom):
                 self._report_lost(atom)
                 continue
             index = counts.get(kind, 0)
@@ -182,15 +188,27 @@ class _Finder:
             found.append(replace(group, further=tuple(sorted(site for site in sites if site != group.site))))
         return found
 
+    def _made_up(self, atom: int) -> bool:
+        """Whether a factor is stacked from others that are groups of their own."""
+        stack = self.deps.stacks.get(atom)
+        return stack is not None and any(part in self.producers for part in stack.atoms)
+
+    def _wholes(self, atom: int) -> list[int]:
+        """A factor and those it is stacked into."""
+        return [atom, *above(atom, self.deps.stacks)]
+
+    def _readers(self, atom: int) -> list[Axis]:
+        """The weight axes that contract a factor, alone or stacked with others."""
+        return [axis for whole in self._wholes(atom) for axis in self.consumers.get(whole, [])]
+
     def _report_lost(self, atom: int) -> None:
-        """A width that nothing contracts is an output such as the logits, unless an unknown operator swallowed it."""
-        for freeze in self.deps.frozen.get(atom, []):
-            if freeze.reason.startswith("no rule"):
-                weight = self.producers[atom][0][0]
-                self.skipped.append(
-                    Unrecognised(freeze.node, f"the width {self.deps.size(atom)} of '{weight}': {freeze.reason}")
-                )
-                return
+        """A width that nothing contracts is an output such as the logits, or was lost on its way to a reader."""
+        held = self.deps.frozen.get(atom, [])
+        counted = any(atom in self.deps.atoms(*axis) for site in self.sites for axis in (site.query, site.value))
+        if held and not counted and not any(freeze.node.startswith("output ") for freeze in held):
+            weight = self.producers[atom][0][0]
+            reason = f"the width {self.deps.size(atom)} of '{weight}': {held[0].reason}"
+            self.skipped.append(Unrecognised(held[0].node, reason))
 
     def _graph_order(self) -> list[int]:
         """Factors in the order in which the graph first computes or contracts them."""
@@ -203,10 +221,13 @@ class _Finder:
         return list(seen)
 
     def _kind(self, atom: int) -> str:
-        if atom in self.joined:
+        if self.joined.intersection(self._wholes(atom)):
             return "residual"
-        made_by = self.producers[atom]
-        return "channel" if all(axis in self.convolved for axis in made_by) else "ffn"
+        made_by = {weight for weight, _ in self.producers[atom]}
+        beside = made_by.union(weight for weight, _ in self._readers(atom))
+        # a convolution of single places is a projection, so between such ones lies an ordinary feed-forward network
+        spatial = beside & self.convolved - self.pointwise
+        return "channel" if spatial and made_by <= self.convolved else "ffn"
 
     def _site_groups(self, index: int, site: Site, taken: set[int]) -> list[Group]:
         groups = []
@@ -240,7 +261,7 @@ class _Finder:
             group = self._group(f"{kind}.{index}", kind, atom, index, common)
             groups.append(replace(group, together=whole // group.size))
         everywhere = [frozenset(self.deps.atoms(*axis)) for group in groups for axis in group.producers]
-        beside = frozenset().union(*everywhere) - {group.atom for group in groups}
+        beside = frozenset(site.mixed).union(*everywhere) - {group.atom for group in groups}
         beside -= {atom for axis in (site.query, site.value) for atom in self.deps.atoms(*axis)}
         shared = beside.intersection(*everywhere)
         for number, atom in enumerate(sorted(beside, key=lambda atom: (atom not in shared, atom))):
@@ -268,6 +289,12 @@ class _Finder:
         for tensor in {place[0] for place in self.deps.places[atom]}:
             here = self._tensor_atoms(tensor)
             common = here if common is None else common & here
+        for whole in above(atom, self.deps.stacks):
+            runs: list[set[int]] = [set(run) for run in self.deps.stacks[whole].parts if atom in run] or [set()]
+            for tensor in {place[0] for place in self.deps.places[whole]}:
+                # a head may be in the stacked axis itself, or beside it, but must be the same for every part
+                here = self._tensor_atoms(tensor).difference(*runs) | runs[0].intersection(*runs)
+                common = here if common is None else common & here
         common = (common or frozenset()) - {atom}
         weight, axis = self.producers[atom][0]
         return tuple(other for other in self.deps.atoms(weight, axis) if other in common)
@@ -295,19 +322,33 @@ class _Finder:
             heads,
             weights,
             tuple(self.producers.get(atom, ())),
-            tuple(self.consumers.get(atom, ())),
+            tuple(self._readers(atom)),
             site,
             tuple(self._reasons(kind, atom)),
         )
 
     def _reasons(self, kind: str, atom: int) -> list[str]:
-        reasons = list(
-            dict.fromkeys(f"{freeze.reason} (at {freeze.node})" for freeze in self.deps.frozen.get(atom, []))
-        )
-        if kind != "residual" and atom in self.statistics:
-            reasons.append(f"a normalisation runs over it (at {self.statistics[atom]})")
+        held = [freeze for freeze in self.deps.frozen.get(atom, []) if not self._adds_nothing(freeze, atom)]
+        reasons = list(dict.fromkeys(f"{freeze.reason} (at {freeze.node})" for freeze in held))
+        if atom in self.deps.stacks:
+            reasons.append(f"its parts are put together by Concat (at {self.deps.stacks[atom].node})")
+        for whole in self._wholes(atom):
+            if kind != "residual" and whole in self.statistics:
+                reasons.append(f"a normalisation runs over it (at {self.statistics[whole]})")
+            reasons.extend(f"occurs twice in tensor '{tensor}'" for tensor in self._twice(whole))
+        return reasons
+
+    def _adds_nothing(self, freeze: Freeze, atom: int) -> bool:
+        """Whether a freeze is because of a sum to which cut neurons, being zero, do not add."""
+        if freeze not in self.deps.facts.sums or atom not in self.deps.atoms(*freeze.axis):
+            return False
+        return is_silent(freeze.axis[0], atom, self.graph, self.deps)
+
+    def _twice(self, atom: int) -> list[str]:
+        """Tensors in which a factor occurs more than once; a weight may have it on two axes."""
+        found = []
         for tensor in {place[0] for place in self.deps.places[atom]}:
             spots = [place for place in self.deps.places[atom] if place[0] == tensor]
             if len(spots) > 1 and (tensor not in self.graph.weights or len({spot[1] for spot in spots}) < len(spots)):
-                reasons.append(f"occurs twice in tensor '{tensor}'")
-        return reasons
+                found.append(tensor)
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from onnx import NodeProto
@@ -11,6 +12,8 @@ from onnx import NodeProto
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph, attribute
+from onnxsnp.graph.spatial import is_pointwise
+from onnxsnp.graph.stacks import above
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Linear:
         weight: name of its weight; `inner` and `outer` are the axes it contracts and emits.
         bias: name of its bias, if there is one, of shape [outer size] (possibly with leading axes of size 1).
         plain: y = x W + b as it stands: the input's features are its last axis, and nothing is scaled inside.
+        pointwise: the same at every place of an image: a convolution of single places, whose features are axis 1.
     """
 
     node: str
@@ -34,6 +38,7 @@ class Linear:
     outer: int
     bias: str | None
     plain: bool = True
+    pointwise: bool = False
 
 
 def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
@@ -54,6 +59,7 @@ def find_linears(graph: Graph, dependencies: Dependencies) -> dict[str, Linear]:
                     emitted[name],
                     _bias(graph, node, emitted[name], name, readers),
                     _is_plain(node, slot),
+                    node.op_type == "Conv" and is_pointwise(node, graph.weights[name].shape),
                 )
     return found
 
@@ -98,6 +104,29 @@ def neuron_matrix(graph: Graph, dependencies: Dependencies, group: Group, weight
     order = first + [index for index in range(len(labels)) if index not in first]
     view = np.asarray(array).reshape(shape).transpose(order)
     return view.reshape(group.heads * group.size, -1).astype(np.float64)
+
+
+def stacked_places(dependencies: Dependencies, group: Group, whole: int) -> np.ndarray:
+    """Where a group's neurons lie in a factor that they are stacked into, alone or within another one.
+
+    Returns:
+        [heads * size, n] indices; heads that lie on another axis share theirs.
+    """
+    found, start = [], 0
+    for run in dependencies.stacks[whole].parts:
+        shape = [dependencies.size(atom) for atom in run]
+        view = np.arange(start, start + prod(shape)).reshape(shape)
+        inner = next((atom for atom in run if atom in above(group.atom, dependencies.stacks)), None)
+        if group.atom in run:
+            first = [run.index(atom) for atom in (*group.head_atoms, group.atom) if atom in run]
+            order = first + [index for index in range(len(run)) if index not in first]
+            flat = view.transpose(order).reshape(prod(shape[index] for index in first), -1)
+            found.append(np.tile(flat, (group.heads * group.size // len(flat), 1)))
+        elif inner is not None:
+            places = stacked_places(dependencies, group, inner)
+            found.append(np.moveaxis(view, run.index(inner), 0)[places].reshape(len(places), -1))
+        start += prod(shape)
+    return np.concatenate(found, axis=1)
 
 
 def neuron_places(graph: Graph, dependencies: Dependencies, group: Group, weight: str, axis: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from onnx import AttributeProto, NodeProto, helper, inliner
 from onnxsnp.errors import ModelError
 from onnxsnp.graph.expand import expand
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute, subgraph_reads, topological
-from onnxsnp.graph.probe import Probe, probe
+from onnxsnp.graph.probe import Probe, counts, probe
 from onnxsnp.graph.tables import copy_tables
 from onnxsnp.model import Model
 from onnxsnp.runtime import first_line
@@ -77,6 +78,7 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     shapes = {**measured.shapes, **{name: array.shape for name, array in graph.weights.items()}}
     single = {**measured.single, **{name: array.shape for name, array in graph.weights.items()}}
     dynamic = {**measured.dynamic, **{name: (False,) * array.ndim for name, array in graph.weights.items()}}
+    _straighten_gathers(graph, measured)
     _fix_reshapes(graph, measured)
     _fix_attention_scale(graph, shapes)
     graph.drop_dead()
@@ -226,6 +228,24 @@ def unshare(graph: Graph) -> None:
                 graph.origin[own] = graph.origin.get(name, name)
                 node.input[slot] = own
             seen.add(name)
+
+
+def _straighten_gathers(graph: Graph, measured: Probe) -> None:
+    """A Gather of all entries of a vector, in their order, is a Reshape; exporters write as_strided like that."""
+    namer = Namer(graph.names())
+    for node in graph.nodes:
+        if node.op_type != "Gather" or attribute(node, "axis", 0) != 0 or node.input[0] not in measured.shapes:
+            continue
+        data, indices, output = node.input[0], node.input[1], node.output[0]
+        in_order = indices in measured.counting or (indices in graph.weights and counts(graph.weights[indices]))
+        whole = all(sizes[data] == (prod(sizes[output]),) for sizes in (measured.shapes, measured.single))
+        if not in_order or not whole or measured.shapes[data] == (1,) or sum(measured.dynamic[output]) > 1:
+            continue
+        moving = zip(measured.shapes[output], measured.dynamic[output], strict=True)
+        name = namer(f"{node.name}.shape")
+        graph.weights[name] = np.asarray([-1 if dynamic else size for size, dynamic in moving], np.int64)
+        node.op_type, node.input[1] = "Reshape", name
+        node.ClearField("attribute")
 
 
 def _fix_reshapes(graph: Graph, measured: Probe) -> None:

@@ -37,8 +37,10 @@ def _in_the_way(
     dependencies: Dependencies, site: Site, nodes: frozenset[str], kinds: Mapping[str, str]
 ) -> frozenset[str]:
     """Operators that freeze a site's query-key size; none unless all of them take or join parts."""
-    frozen = dependencies.frozen
-    found = frozenset(freeze.node for atom in _contracted(dependencies, site) for freeze in frozen.get(atom, []))
+    frozen, stacks = dependencies.frozen, dependencies.stacks
+    atoms = _contracted(dependencies, site)
+    found = frozenset(freeze.node for atom in atoms for freeze in frozen.get(atom, []))
+    found |= {stacks[atom].node for atom in atoms if atom in stacks}
     return found - nodes if all(kinds.get(node) in _PARTS for node in found) else frozenset()
 
 
@@ -48,5 +50,5 @@ def _contracted(dependencies: Dependencies, site: Site) -> tuple[int, ...]:
 
 def _free(dependencies: Dependencies, sites: Sequence[Site]) -> int:
     """Sites of whose query-key size a factor may be cut."""
-    frozen = dependencies.frozen
-    return sum(any(atom not in frozen for atom in _contracted(dependencies, site)) for site in sites)
+    held = dependencies.frozen.keys() | dependencies.stacks.keys()
+    return sum(any(atom not in held for atom in _contracted(dependencies, site)) for site in sites)

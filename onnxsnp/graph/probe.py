@@ -42,6 +42,7 @@ class Probe:
         single: sizes at batch 1, other symbolic sizes as in the first run.
         constant: values of tensors that depend only on weights.
         invariant: values of tensors that depend on weights and on tensors' shapes, and were equal in every run.
+        counting: such tensors that held 0, 1, 2, ... in every run, however many that were.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -49,6 +50,7 @@ class Probe:
     single: dict[str, tuple[int, ...]]
     constant: dict[str, np.ndarray]
     invariant: dict[str, np.ndarray]
+    counting: frozenset[str]
 
 
 def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Probe:
@@ -268,7 +270,15 @@ def _compare(
         single,
         {name: value for name, value in fixed.items() if name in constant},
         {name: value for name, value in fixed.items() if name not in constant},
+        frozenset(name for name in values if all(counts(run[1][name]) for run in runs)),
     )
+
+
+def counts(value: np.ndarray) -> bool:
+    """Whether an array holds 0, 1, 2, ... in order."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "i":
+        return False
+    return np.array_equal(value.reshape(-1), np.arange(value.size))
 
 
 def _brief(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Rules of the operators that contract axes: matrix products, convolutions, Einsum, Attention."""
+"""Rules of the operators that contract axes: matrix products, Einsum, Attention."""
 
 from __future__ import annotations
 
@@ -119,28 +119,6 @@ def einsum(node: NodeProto, facts: Facts) -> None:
         (right, at[right](own[1][0])) if own[1] else None,
         node.output[0],
     )
-
-
-def conv(node: NodeProto, facts: Facts) -> None:
-    """Channels in, channels out; spatial axes are frozen; depthwise convolutions tie input to output."""
-    data, weight, output = node.input[0], node.input[1], node.output[0]
-    group = attribute(node, "group", 1)
-    facts.same((data, 0), (output, 0))
-    for index in range(2, facts.rank(data)):
-        facts.freeze((data, index), "spatial axis of a convolution")
-    if weight not in facts.weights:
-        facts.freeze_all([data, weight, output], "convolution with a computed kernel")
-    elif group == 1:
-        facts.same((data, 1), (weight, 1))
-        facts.linear(weight, 1, 0)
-    elif group == facts.shapes[data][1] == facts.shapes[weight][0]:
-        facts.same((data, 1), (weight, 0))
-    else:
-        facts.freeze((data, 1), f"input of a convolution in {group} groups")
-        facts.freeze((weight, 0), f"output of a convolution in {group} groups")
-    facts.same((weight, 0), (output, 1))
-    if len(node.input) > 2 and node.input[2]:
-        facts.same((node.input[2], 0), (output, 1))
 
 
 def attention(node: NodeProto, facts: Facts) -> None:

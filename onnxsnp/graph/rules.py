@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from onnx import NodeProto
 
-from onnxsnp.graph import products
+from onnxsnp.graph import products, spatial
 from onnxsnp.graph.blocks import tie_blocks
-from onnxsnp.graph.facts import Facts, Role, Select, axes_of
+from onnxsnp.graph.facts import Concatenation, Facts, Role, Select, axes_of
 from onnxsnp.graph.ir import attribute, subgraph_reads
 
 Rule = Callable[[NodeProto, Facts], None]
@@ -94,15 +94,6 @@ def _unary(node: NodeProto, facts: Facts) -> None:
     facts.freeze_all(node.output[1:], f"second output of {node.op_type}")
 
 
-def _pool(node: NodeProto, facts: Facts) -> None:
-    data, output = node.input[0], node.output[0]
-    facts.same((data, 0), (output, 0))
-    facts.same((data, 1), (output, 1))
-    for index in range(2, facts.rank(data)):
-        facts.freeze((data, index), f"{node.op_type} runs over it")
-    facts.freeze_all(node.output[1:], f"second output of {node.op_type}")
-
-
 def _regroup(node: NodeProto, facts: Facts) -> None:
     facts.regroup(axes_of(facts, node.input[0]), axes_of(facts, node.output[0]))
 
@@ -151,6 +142,9 @@ def _batch_norm(node: NodeProto, facts: Facts) -> None:
         facts.same((name, 0), (data, min(1, facts.rank(data) - 1)))
 
 
+_SUMS = {"ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare"}  # zeros add nothing to them
+
+
 def _reduce(node: NodeProto, facts: Facts) -> None:
     data, output = node.input[0], node.output[0]
     rank = facts.rank(data)
@@ -170,6 +164,7 @@ def _reduce(node: NodeProto, facts: Facts) -> None:
                 facts.statistics.append(Role("statistics", (data, index), node.name))
             else:
                 facts.freeze((data, index), f"{node.op_type} runs over it")
+                facts.sums.extend(facts.freezes[-1:] if node.op_type in _SUMS else [])
             target += kept
         else:
             facts.same((data, index), (output, target))
@@ -328,11 +323,14 @@ def _concat(node: NodeProto, facts: Facts) -> None:
                 facts.same((name, index), (output, index))
         parts.append(((name, axis), start))
         start += facts.shapes[name][axis]
-    if node.name in facts.blocks and tie_blocks(facts, (output, axis), parts, "Concat joins parts"):
+    whole = (output, axis)
+    if node.name in facts.blocks and tie_blocks(facts, whole, parts, "Concat joins parts"):
         return
-    for part, _ in parts:
-        facts.freeze(part, "Concat joins it to another axis")
-    facts.freeze((output, axis), "joined by Concat")
+    if all(facts.size(part) for part, _ in parts):
+        facts.concatenations.append(Concatenation(node.name, whole, tuple(part for part, _ in parts)))
+        return
+    for part in (whole, *(part for part, _ in parts)):
+        facts.freeze(part, "Concat joins it to an axis that may be empty")
 
 
 def _reads_sizes(node: NodeProto, facts: Facts) -> None:
@@ -410,7 +408,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BINARY, _elementwise),
     **dict.fromkeys(("Add", "Sum"), _add),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _regroup),
-    **dict.fromkeys(("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"), _pool),
+    **dict.fromkeys(("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"), spatial.pool),
     **dict.fromkeys(
         (
             "ReduceMean",
@@ -426,12 +424,13 @@ RULES: dict[str, Rule] = {
         _reduce,
     ),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    **dict.fromkeys(("Resize", "Upsample"), spatial.resize),
     **dict.fromkeys(("Shape", "Size"), _reads_sizes),
     **dict.fromkeys(("ConstantOfShape", "Range"), _made_at_run_time),
     "Attention": products.attention,
     "BatchNormalization": _batch_norm,
     "Concat": _concat,
-    "Conv": products.conv,
+    "Conv": spatial.conv,
     "Einsum": products.einsum,
     "Expand": _expand,
     "Gather": _gather,
@@ -439,6 +438,7 @@ RULES: dict[str, Rule] = {
     "Gemm": products.gemm,
     "LayerNormalization": _layer_norm,
     "MatMul": products.matmul,
+    "Pad": spatial.pad,
     "RMSNormalization": _layer_norm,
     "Slice": _slice,
     "Split": _split,

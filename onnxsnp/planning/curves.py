@@ -18,7 +18,7 @@ from onnxsnp.graph.segments import Segment, segment_graph, segments
 from onnxsnp.parallel import Crew
 from onnxsnp.planning.plan import GroupPlan, Plan, as_cuts
 from onnxsnp.reconstruction.full import Reconstruction
-from onnxsnp.surgery.rewrite import cut_graph, mask_weights
+from onnxsnp.surgery.rewrite import cut_graph, mask_weights, spread
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -94,7 +94,7 @@ class Loss:
     def of(self, entries: Sequence[GroupPlan], updates: Mapping[str, np.ndarray], samples: int | None = None) -> float:
         """Loss of a plan with given weights (original shapes); arguments otherwise as for a call."""
         cuts = as_cuts(Plan("", list(entries)), self._analysis.groups)
-        if self._averaged & {cut.atom for cut in cuts}:
+        if self._averaged & {cut.atom for cut in spread(self._analysis.dependencies, cuts)}:
             narrow = cut_graph(self._analysis.graph, self._analysis.dependencies, cuts, updates)
             narrow.drop_dead()
             return self._distance(narrow.session(**self._crew.opened), self._tails[0].states, {}, samples)

@@ -1,8 +1,8 @@
 """Which neurons stay, once it is known how many: by criterion, or where the method allows better, by what it needs.
 
 With full compensation the neurons of a rotated attention or residual group are new combinations, so any places do;
-query-key pairs that can only be weighted, FFN neurons and whole heads are chosen by optimal brain surgeon. Everything
-else is ranked by the criterion.
+query-key pairs that can only be weighted, FFN neurons, whole heads, and values that cannot be rotated are chosen by
+optimal brain surgeon. Everything else is ranked by the criterion.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onnxsnp.reconstruction.full import Reconstruction, Rotations
 from onnxsnp.reconstruction.heads import head_contributions, head_site, site_order
 from onnxsnp.reconstruction.refit import refittable
 from onnxsnp.reconstruction.residual import refittable_readers
+from onnxsnp.reconstruction.values import value_reader, value_removals
 from onnxsnp.scoring.criteria import CRITERIA, ScoringTarget, score
 from onnxsnp.scoring.targets import dead_neurons, scoring_target
 
@@ -105,7 +106,7 @@ class Selector:
 
     Args:
         criterion: who goes, wherever selection decides.
-        surgeon: FFN neurons and heads are chosen by optimal brain surgeon instead of the criterion.
+        surgeon: FFN neurons, heads and values are chosen by optimal brain surgeon instead of the criterion.
         statistics: what `requirements` asked for.
         reconstruction: knows which groups are rotated, and which pairs of a weighted group go first.
     """
@@ -125,6 +126,7 @@ class Selector:
         self._seed = seed
         self._scores: dict[str, np.ndarray] = {}
         self._removals: dict[str, Removal] = {}
+        self._heads: dict[str, list[Removal]] = {}
 
     def entries(self, counts: Mapping[str, int], progress: Callable[[int, int], None] | None = None) -> list[GroupPlan]:
         """What stays of every group that is cut.
@@ -146,10 +148,12 @@ class Selector:
         """Squared error left at the group's own output by width, [size + 1]; None where no closed form gives it."""
         if self._reconstruction.rotates(group) or self._reconstruction.weighs(group):
             return self._reconstruction.errors(group)
+        errors = None
         if self._by_surgeon(group):
             errors = self.removal(group).errors
-            return np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
-        return None
+        elif self._by_head(group):
+            errors = np.sum([head.errors for head in self.head_removals(group)], axis=0)
+        return None if errors is None else np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
 
     def curve_of_survivors(self, group: Group, heads: Group, kept: int) -> np.ndarray | None:
         """`curve` of a query-key or value group when of the heads that its neurons belong to only the best stay.
@@ -183,6 +187,16 @@ class Selector:
                 self._removals[group.id] = surgeon(self._analysis, group, self._statistics)
         return self._removals[group.id]
 
+    def head_removals(self, group: Group) -> list[Removal]:
+        """The orders in which the values of each head go, where they cannot be rotated."""
+        if group.id not in self._heads:
+            reader = value_reader(self._analysis, group)
+            if reader is None:
+                raise ValueError(f"the values of '{group.id}' are not read by exactly one projection")
+            with single_threaded():
+                self._heads[group.id] = value_removals(self._analysis, group, reader, self._statistics)
+        return self._heads[group.id]
+
     def _keep(self, group: Group, kept: int) -> list[list[int]]:
         if self._reconstruction.rotates(group):
             return [list(range(kept)) for _ in range(group.heads)]
@@ -192,6 +206,9 @@ class Selector:
         if self._by_surgeon(group):
             cut = {int(index) for index in self.removal(group).order[: group.size - kept]}
             return [sorted(set(range(group.size)) - cut)]
+        if self._by_head(group):
+            cuts = [set(head.order[: group.size - kept].tolist()) for head in self.head_removals(group)]
+            return [sorted(set(range(group.size)) - head) for head in cuts]
         if group.id not in self._scores:
             rng = np.random.default_rng([self._seed, *group.id.encode()])  # the same whatever was asked for before
             self._scores[group.id] = score(self._criterion, self._target(group), rng=rng)
@@ -209,6 +226,10 @@ class Selector:
             change, overlap = changes(analysis, group, statistics, refitted=refits)
             return replace(target, change=change, overlap=overlap)
         return target
+
+    def _by_head(self, group: Group) -> bool:
+        """Whether optimal brain surgeon chooses in every head: for values that one projection reads."""
+        return self._surgeon and value_reader(self._analysis, group) is not None
 
     def _by_surgeon(self, group: Group) -> bool:
         """Whether optimal brain surgeon chooses: for an FFN whose neurons are all that its readers read, and heads."""
@@ -233,6 +254,9 @@ def _surgeon(analysis: Analysis, group: Group, statistics: Statistics) -> Remova
     """All but one neuron of an FFN in the order in which optimal brain surgeon removes them."""
     graph, dependencies = analysis.graph, analysis.dependencies
     readers = refittable(group, analysis.linears)
+    # of readers of different activations (a gate beside a projection, say) the one with most outputs has the word
+    widest = max(readers, key=lambda one: graph.weights[one.weight].size)
+    readers = [one for one in readers if one.data == widest.data]
     weight = np.concatenate(
         [np.moveaxis(graph.weights[one.weight], one.inner, 0).reshape(group.size, -1) for one in readers], axis=1
     ).astype(np.float64)

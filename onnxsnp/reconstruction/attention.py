@@ -43,7 +43,9 @@ def roots(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric square root of a positive semidefinite matrix, and its inverse; both [d, d]."""
     symmetric = (matrix + matrix.T) / 2
     values, vectors = np.linalg.eigh(symmetric)
-    floor = RIDGE * max(float(values.mean()), 0.0) + np.finfo(np.float64).tiny
+    if values.mean() < np.finfo(np.float64).tiny:  # nothing varies, so every basis is as good
+        return np.zeros_like(symmetric), np.eye(len(symmetric))
+    floor = RIDGE * float(values.mean())
     spread = np.sqrt(np.maximum(values, floor))
     return (vectors * spread) @ vectors.T, (vectors / spread) @ vectors.T
 

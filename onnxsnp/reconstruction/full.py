@@ -32,6 +32,8 @@ from onnxsnp.surgery.rewrite import Cut
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
+_ROUND_OFF = 1e-6  # of the second moment about zero: what sums in single precision leave over of no variance
+
 
 @dataclass(frozen=True)
 class PairSite:
@@ -104,7 +106,7 @@ def _value_site(analysis: Analysis, group: Group, found: Rotations) -> None:
     readers = refittable(group, linears)
     if value.linear is None:
         found.blocked[group.id] = value.blocked_by
-    elif len(group.producers) != 1 or len(readers) != 1 or len(group.consumers) != 1:
+    elif len(group.producers) != 1 or len(readers) != 1 or len(group.consumers) != 1 or not readers[0].plain:
         found.blocked[group.id] = "the values are not read by exactly one projection"
     elif not straight_from(readers[0].data, site.mix, group.atom, graph, deps, linears):
         found.blocked[group.id] = f"something nonlinear lies between {site.mix} and {readers[0].node}"
@@ -144,8 +146,16 @@ def value_bases(analysis: Analysis, site: ValueSite, moments: Moments) -> list[V
 
 
 def _second(moments: Moments, reader: Linear) -> np.ndarray:
-    """Second moments of what a projection reads: about the mean only where its bias can take up a change of it."""
-    return moments.covariance if reader.bias is not None else moments.second / max(moments.count, 1)
+    """Second moments of what a projection reads: about the mean only where its bias can take up a change of it.
+
+    What is the same for every token and input leaves nothing but round-off about its mean, which is no direction.
+    """
+    about_zero = moments.second / max(moments.count, 1)
+    if reader.bias is None:
+        return about_zero
+    covariance = moments.covariance
+    varies = np.trace(covariance) > _ROUND_OFF * np.trace(about_zero)
+    return covariance if varies else np.zeros_like(covariance)
 
 
 def rotate_pairs(analysis: Analysis, site: PairSite, bases: list[PairBasis], keep: np.ndarray) -> dict[str, np.ndarray]:

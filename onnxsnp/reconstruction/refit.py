@@ -21,20 +21,19 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.linear import Linear
-from onnxsnp.surgery.rewrite import Cut, cut_array
+from onnxsnp.surgery.rewrite import Cut, cut_array, spread
 
 RIDGE = 1e-3  # of the mean diagonal of the covariance
 
 
 def refittable(group: Group, linears: Mapping[str, Linear]) -> list[Linear]:
-    """The projections whose input is the group's neurons, features last, so that they can be refitted."""
+    """The projections whose input is the group's neurons as features, so that they can be refitted."""
     if group.kind not in ("v", "ffn", "head"):
         return []
-    return [
-        linears[weight]
-        for weight, axis in group.consumers
-        if weight in linears and linears[weight].plain and linears[weight].inner == axis
-    ]
+    found = [linears[weight] for weight, axis in group.consumers if weight in linears and linears[weight].inner == axis]
+    rows = {linear.data for linear in linears.values() if linear.op != "Conv"}  # what has its features on the last axis
+    images = [linear for linear in found if linear.pointwise and linear.data not in rows and group.kind != "head"]
+    return [linear for linear in found if linear.plain or linear in images]
 
 
 def solve(
@@ -98,13 +97,15 @@ def refit_consumers(
         if linear.data not in moments:
             continue
         array = graph.weights[name]
-        matrix = np.moveaxis(array, linear.inner, 0)
+        moved = np.moveaxis(array, linear.inner, 0)
+        matrix = moved.reshape(len(moved), -1)
         axes = [dependencies.atoms(name, linear.inner)]
-        keep = cut_array(np.arange(array.shape[linear.inner]), axes, dependencies.size, by_weight[name])
+        taken = spread(dependencies, by_weight[name])
+        keep = cut_array(np.arange(array.shape[linear.inner]), axes, dependencies.size, taken)
         refit, shift = solve(matrix, moments[linear.data], keep, centred=linear.bias is not None)
         full = np.zeros(matrix.shape)
         full[keep] = refit
-        updates[name] = np.moveaxis(full, 0, linear.inner).astype(array.dtype)
+        updates[name] = np.moveaxis(full.reshape(moved.shape), 0, linear.inner).astype(array.dtype)
         if linear.bias is not None:
             bias = graph.weights[linear.bias]
             updates[linear.bias] = (bias + shift.reshape(bias.shape)).astype(bias.dtype)

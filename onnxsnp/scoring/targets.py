@@ -9,7 +9,8 @@ import numpy as np
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
-from onnxsnp.graph.linear import Linear, neuron_matrix
+from onnxsnp.graph.linear import Linear, neuron_matrix, stacked_places
+from onnxsnp.graph.stacks import above
 from onnxsnp.scoring.criteria import ScoringTarget
 from onnxsnp.scoring.heads import head_target
 
@@ -50,9 +51,23 @@ def dead_neurons(graph: Graph, dependencies: Dependencies, group: Group, filters
     silent = np.stack([~layer.any(axis=1) for layer in filters])
     dead = silent.all(axis=0) if group.kind == "residual" else silent.any(axis=0)
     if group.consumers:
-        unread = [~neuron_matrix(graph, dependencies, group, weight).any(axis=1) for weight, _ in group.consumers]
+        unread = [~_read(graph, dependencies, group, weight, axis) for weight, axis in group.consumers]
         dead = dead | np.all(unread, axis=0)
     return dead.reshape(group.heads, group.size)
+
+
+def _read(graph: Graph, dependencies: Dependencies, group: Group, weight: str, axis: int) -> np.ndarray:
+    """Which neurons a layer reads with a weight that is not zero; bool [heads * size]."""
+    if group.atom in dependencies.atoms(weight, axis):
+        return (neuron_matrix(graph, dependencies, group, weight) != 0).any(axis=1)
+    atoms = dependencies.atoms(weight, axis)
+    position, whole = next(
+        (position, atom) for position, atom in enumerate(atoms) if atom in above(group.atom, dependencies.stacks)
+    )
+    sizes = [dependencies.size(atom) for atom in atoms]
+    rows = np.moveaxis(graph.weights[weight] != 0, axis, 0).reshape(*sizes, -1)
+    read: np.ndarray = np.moveaxis(rows, position, 0).reshape(dependencies.size(whole), -1).any(axis=1)
+    return read[stacked_places(dependencies, group, whole)].any(axis=1)
 
 
 def _filters(graph: Graph, dependencies: Dependencies, group: Group, linear: Linear) -> np.ndarray:

@@ -18,7 +18,7 @@ from onnxsnp.graph.probe import infer_shapes
 from onnxsnp.graph.sharing import identity
 from onnxsnp.graph.tables import merge_copies
 from onnxsnp.planning.plan import Plan, as_cuts, check_plan
-from onnxsnp.surgery.rewrite import Cut, cut_graph
+from onnxsnp.surgery.rewrite import Cut, cut_graph, spread
 from onnxsnp.surgery.unpack import packed_sources, put_back, root_of, unpack
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _emitters(group: Group) -> tuple[str, tuple[Axis, ...]]:
 
 def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]:
     """Packed weights of the file in which a cut runs along the packed axis."""
-    atoms = {cut.atom for cut in cuts}
+    atoms = {cut.atom for cut in spread(analysis.dependencies, cuts)}
     return {
         root_of(analysis.graph, name)
         for name, part in analysis.graph.parts.items()

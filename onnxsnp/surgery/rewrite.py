@@ -14,6 +14,7 @@ from onnx import NodeProto, helper
 
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute
+from onnxsnp.graph.stacks import bottom_up
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,27 @@ def in_order(cuts: Sequence[Cut]) -> list[Cut]:
     """Cuts in the order in which they must be applied: sizes inside heads before the heads themselves."""
     heads = {head for cut in cuts for head in cut.head_atoms}
     return sorted(cuts, key=lambda cut: cut.atom in heads)
+
+
+def spread(dependencies: Dependencies, cuts: Sequence[Cut]) -> list[Cut]:
+    """The cuts, and what they take from stacked factors: there each part keeps what it keeps by itself."""
+    found = list(cuts)
+    for whole in bottom_up(dependencies.stacks):
+        parts = dependencies.stacks[whole].parts
+        mine = [[cut for cut in found if cut.atom in run] for run in parts]
+        if not any(mine) or any(cut.atom == whole for cut in found):
+            continue
+        # heads beside the stacked axis: what is kept along it may differ between them
+        pairs = [(head, run) for run, own in zip(parts, mine, strict=True) for cut in own for head in cut.head_atoms]
+        heads = tuple(dict.fromkeys(head for head, run in pairs if head not in run))
+        shape, kept, start = [dependencies.size(head) for head in heads], [], 0
+        for run, own in zip(parts, mine, strict=True):
+            size = int(np.prod([dependencies.size(atom) for atom in run]))
+            places = np.broadcast_to(np.arange(start, start + size), (*shape, size))
+            kept.append(cut_array(places, [*((head,) for head in heads), run], dependencies.size, own))
+            start += size
+        found.append(Cut(whole, heads, np.concatenate(kept, axis=-1).reshape(int(np.prod(shape)), -1)))
+    return found
 
 
 def cut_array(
@@ -129,6 +151,7 @@ def mask_weights(
     """
     divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
     weights = dict(updates)
+    cuts = spread(dependencies, cuts)
     for name in graph.weights.keys() - divisors:
         mine = touched(dependencies, name, cuts)
         if mine:
@@ -149,6 +172,7 @@ def cut_graph(
     """
     reduced = graph.copy()
     reduced.weights.update(updates or {})
+    cuts = spread(dependencies, cuts)
     sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
     read = {name for node in graph.nodes for name in node.input}
     for name in graph.weights.keys() & read:
@@ -238,9 +262,22 @@ def _fix_expand(
     return _pin(node, graph, changed, namer) if changed else []
 
 
-def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer) -> list[NodeProto]:
+def _fix_resize(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
+    """Sizes are given for all axes or for some of them; scales stay what they are."""
+    if len(node.input) < 4 or not node.input[3]:
+        return []
+    rank = len(dependencies.facts.shapes[node.output[0]])
+    axes = [axis % rank for axis in attribute(node, "axes", range(rank))]
+    changed = _changed_axes(dependencies, node.output[0], sizes)
+    places = {axes.index(axis): size for axis, size in changed.items() if axis in axes}
+    return _pin(node, graph, places, namer, slot=3) if places else []
+
+
+def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer, slot: int = 1) -> list[NodeProto]:
     """Write sizes into a shape operand; where it is computed at run time, join its other parts around them."""
-    shape = node.input[1]
+    shape = node.input[slot]
     if shape in graph.weights:
         values = np.array(graph.weights[shape], np.int64)
         for axis, size in changed.items():
@@ -248,7 +285,7 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
                 values[axis] = size
         name = namer(f"{shape}.cut")
         graph.weights[name] = values
-        node.input[1] = name
+        node.input[slot] = name
         return []
     pieces, extra = [], []
     start = 0
@@ -268,7 +305,7 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
             start = place + 1
     joined = namer(f"{node.name}.shape")
     extra.append(helper.make_node("Concat", pieces, [joined], name=joined, axis=0))
-    node.input[1] = joined
+    node.input[slot] = joined
     return extra
 
 
@@ -336,6 +373,7 @@ _FIXES: dict[str, _Fix] = {
     "Reshape": _fix_reshape,
     "Expand": _fix_expand,
     "Conv": _fix_conv,
+    "Resize": _fix_resize,
     "Slice": _fix_slice,
     "Split": _fix_split,
 }

@@ -19,6 +19,7 @@ from onnxsnp.graph.dependency import Dependencies, analyse
 from onnxsnp.graph.facts import Select
 from onnxsnp.graph.ir import Graph, Namer, Part
 from onnxsnp.graph.normalize import Normalized, unshare
+from onnxsnp.graph.stacks import above
 from onnxsnp.surgery.rewrite import Cut, cut_array, fix_sizes, new_size, weight_axes
 from onnxsnp.surgery.tidy import tidy
 
@@ -133,7 +134,7 @@ def _find(graph: Graph, dependencies: Dependencies) -> list[_Packed]:
         spans = sorted({(start, stop) for _, start, stop in selects})
         apart = all(left[1] <= right[0] for left, right in pairwise(spans))
         alone = all(freeze.node in nodes for freeze in dependencies.frozen.get(atom, []))
-        if not (apart and alone and len(spans) > 1):
+        if not (apart and alone and len(spans) > 1) or above(atom, dependencies.stacks):
             continue
         path = _path(graph, dependencies, atom, [select.source for select, _, _ in selects])
         if path is not None:

@@ -61,6 +61,19 @@ def test_moments_are_numpys(layout: str) -> None:
         np.testing.assert_allclose(found[name].covariance, np.cov(rows.T, bias=True), atol=1e-3)
 
 
+def test_moments_of_an_image_are_those_of_its_channels() -> None:
+    model = graphs.depthwise(6)
+    analysis = analyse_model(model)
+    name = analysis.linears["project.w"].data
+    data = batches(model)
+    found = measured(analysis, data, [name]).moments[name]
+    arrays = captured(analysis, [name], data)[name]
+    rows = np.concatenate([array.transpose(0, 2, 3, 1).reshape(-1, 6) for array in arrays]).astype(np.float64)
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.second, rows.T @ rows, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), atol=1e-4)
+
+
 @pytest.mark.parametrize("width", [255, 256, 257, 259, 300, 511, 513, 1024, 1025])
 def test_second_moments_in_bands_are_numpys_and_exactly_symmetric(width: int) -> None:
     model = graphs.mlp(5, width, 3)

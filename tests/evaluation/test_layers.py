@@ -78,7 +78,7 @@ def test_so_it_does_in_other_layouts(options: dict[str, Any]) -> None:
 
 
 def test_channels_of_convolutions_are_layers_too() -> None:
-    assert check_layers(analyse_model(graphs.depthwise()), ("channel",)) == 1
+    assert check_layers(analyse_model(graphs.depthwise(kernel=3)), ("channel",)) == 1
 
 
 def test_a_layer_holds_the_operators_of_its_width_and_no_others() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import graphs
+import numpy as np
 import onnx
 import pytest
 
 from onnxsnp.analysis import analyse_model
+from onnxsnp.evaluation.verify import difference, masked
+from onnxsnp.surgery.apply import apply
 
 
 @pytest.mark.parametrize(
@@ -127,3 +132,68 @@ def test_channel_attention_has_no_query_key_size() -> None:
     analysis = analyse_model(net.proto())
     assert not [group for group in analysis.structure.groups if group.kind == "qk"]
     assert any("not produced by a projection" in item.reason for item in analysis.structure.skipped)
+
+
+def talking(before: bool = True, tokens: bool = False) -> onnx.ModelProto:
+    """Attention whose heads are mixed by 1x1 convolutions on scores and probabilities; or its tokens, by MatMul."""
+
+    def mixed(net: graphs.Net, value: Any, name: str) -> Any:
+        if tokens:
+            return net.op("MatMul", value, net.weight(f"{name}.w", graphs.TOKENS, graphs.TOKENS))
+        emitted, read = (3, 2) if name == "before" else (2, 3 if before else 2)
+        return net.op("Conv", value, net.weight(f"{name}.w", emitted, read, 1, 1))
+
+    net = graphs.Net()
+    x = net.input("x", ["N", graphs.TOKENS, 8])
+    q, k, v = (
+        net.op("Transpose", net.reshape(net.linear(x, name, 8, 12), 0, graphs.TOKENS, 2, 6), perm=[0, 2, 1, 3])
+        for name in "qkv"
+    )
+    scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2]), name="score")
+    p = net.op("Softmax", mixed(net, scores, "before") if before else scores, name="soft", axis=-1)
+    y = net.op("MatMul", mixed(net, p, "after"), v, name="mix")
+    y = net.reshape(net.op("Transpose", y, perm=[0, 2, 1, 3]), 0, graphs.TOKENS, 12)
+    net.output(net.linear(y, "o", 12, 4), ["N", graphs.TOKENS, 4])
+    return net.proto()
+
+
+def test_heads_that_are_mixed_on_either_side_of_the_softmax_are_counted_three_times() -> None:
+    model = talking()
+    analysis = analyse_model(model)
+    (site,) = analysis.structure.sites
+    assert (site.score, site.mix) == ("score", "mix") and analysis.structure.skipped == []
+    kinds = {group.id: (group.kind, group.size, group.heads, group.reasons) for group in analysis.structure.groups}
+    heads = {"head.0": ("head", 2, 1, ()), "head.0-2": ("head", 2, 1, ()), "head.0-3": ("head", 3, 1, ())}
+    assert {name: kind for name, kind in kinds.items() if kind[0] != "head"} == {
+        "qk.0": ("qk", 6, 2, ()),
+        "v.0": ("v", 6, 2, ()),
+    }
+    assert sorted(kind for kind in kinds.values() if kind[0] == "head") == sorted(heads.values())
+    assert heads.keys() == {name for name in kinds if name.startswith("head")}
+    applied = apply(analysis, graphs.random_plan(analysis.structure.groups, np.random.default_rng(0)))
+    original = masked(analysis.normalized.base, analysis.graph, analysis.dependencies, applied.cuts, {})
+    assert difference(original, applied.graph, [graphs.inputs_for(model, 2)]) < 1e-6
+
+
+def test_query_and_key_are_rotated_unless_their_heads_are_mixed_before_the_softmax() -> None:
+    assert analyse_model(talking()).rotations.blocked["qk.0"].startswith("Conv")
+    assert "qk.0" in analyse_model(talking(before=False)).rotations.pairs
+
+
+def test_a_projection_of_the_tokens_is_no_mix_of_heads() -> None:
+    structure = analyse_model(talking(tokens=True)).structure
+    assert structure.sites == [] and [item.node for item in structure.skipped] == ["soft"]
+
+
+def test_a_softmax_over_tokens_of_projected_values_is_no_second_attention() -> None:
+    """Attention pooling behind attention: its weights come from what the first one mixed, and nothing is a score."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 5, 6])
+    q, k, v = (net.linear(x, name, 6, 6) for name in "qkv")
+    scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1]), name="score")
+    y = net.linear(net.op("MatMul", net.op("Softmax", scores, axis=-1), v, name="mix"), "o", 6, 6)
+    pooled = net.op("Softmax", net.op("Transpose", net.linear(y, "weigh", 6, 1), perm=[0, 2, 1]), name="pool", axis=-1)
+    net.output(net.linear(net.op("MatMul", pooled, y), "head", 6, 3), ["N", 1, 3])
+    structure = analyse_model(net.proto()).structure
+    assert [(site.score, site.mix) for site in structure.sites] == [("score", "mix")]
+    assert [item.node for item in structure.skipped] == ["pool"]

@@ -124,10 +124,11 @@ def test_a_stream_whose_branch_is_one_projection_is_a_residual() -> None:
     assert {group.kind for group in analyse_model(two_streams(None)).groups.values()} == {"residual"}
 
 
-def test_convolutions_make_channels() -> None:
-    found = analyse_model(graphs.depthwise(6)).groups
+@pytest.mark.parametrize(("kernel", "kind"), [(3, "channel"), (1, "ffn")])
+def test_convolutions_make_channels_unless_they_are_projections(kernel: int, kind: str) -> None:
+    found = analyse_model(graphs.depthwise(6, kernel=kernel)).groups
     assert {name: (group.kind, group.size, group.reasons) for name, group in found.items()} == {
-        "channel.0": ("channel", 6, ())
+        f"{kind}.0": (kind, 6, ())
     }
 
 

@@ -273,3 +273,32 @@ def test_a_class_token_expanded_to_a_static_batch_can_be_cut() -> None:
     analysis = analyse_model(model)
     applied = apply(analysis, graphs.random_plan([analysis.groups["residual"]], np.random.default_rng(0)))
     assert prove(analysis, applied, [graphs.inputs_for(model)]).masked_equality < 1e-5
+
+
+def strided(*, reverse: bool = False) -> onnx.ModelProto:
+    """A mean over tokens read through its flat memory, as exporters write as_strided; `reverse` reads it backwards."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 4, 5])
+    h = net.mean(net.op("Relu", net.linear(x, "a", 5, 6)), 1, keepdims=0)
+    rows = net.op("Range", 0, net.op("Gather", net.op("Shape", x), 0, axis=0), 1)
+    columns = net.op("Range", 5, -1, -1) if reverse else np.arange(6)
+    places = net.op("Add", net.op("Mul", net.unsqueeze(rows, 1), 6), columns)
+    h = net.op("Gather", net.reshape(h, -1), places, axis=0, name="strided")
+    net.output(net.linear(h, "b", 6, 3), ["N", 3])
+    return net.proto()
+
+
+def test_a_gather_of_everything_in_its_order_is_a_reshape() -> None:
+    model = strided()
+    analysis = analyse_model(model)
+    (group,) = analysis.structure.groups
+    assert (group.size, group.reasons) == (6, ())
+    applied = apply(analysis, Plan("", [graphs.keeping(group, [[0, 2, 5]])]))
+    assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 2, 5)]).passed
+
+
+def test_a_gather_in_another_order_stays() -> None:
+    analysis = analyse_model(strided(reverse=True))
+    assert any(node.name == "strided" and node.op_type == "Gather" for node in analysis.graph.nodes)
+    assert analysis.structure.groups == []
+    assert [item.reason for item in analysis.structure.skipped] == ["the width 6 of 'a.w': Gather picks entries of it"]

@@ -406,9 +406,90 @@ def test_an_embedding_lookup_emits_the_width_of_its_table() -> None:
     assert tied(facts, ("ids", 1), ("y", 1)) and tied(facts, ("table", 1), ("y", 2))
 
 
-def test_concat_freezes_the_joined_axis_only() -> None:
-    facts = said("Concat", {"a": (2, 3), "b": (2, 4), "y": (2, 7)}, ["a", "b"], ["y"], axis=1)
-    assert frozen(facts) == {("a", 1), ("b", 1), ("y", 1)} and tied(facts, ("a", 0), ("b", 0))
+def test_concat_puts_axes_one_after_the_other() -> None:
+    facts = said("Concat", {"a": (2, 3), "b": (2, 4), "y": (2, 7)}, ["a", "b"], ["y"], axis=-1)
+    (found,) = facts.concatenations
+    assert (found.whole, found.parts) == (("y", 1), (("a", 1), ("b", 1)))
+    assert tied(facts, ("a", 0), ("b", 0)) and not tied(facts, ("a", 1), ("y", 1)) and not facts.freezes
+
+
+def test_concat_with_an_axis_that_may_be_empty_is_frozen() -> None:
+    facts = said("Concat", {"past": (2, 0), "b": (2, 4), "y": (2, 4)}, ["past", "b"], ["y"], axis=1)
+    assert frozen(facts) == {("past", 1), ("b", 1), ("y", 1)} and not facts.concatenations
+
+
+@pytest.mark.parametrize("style", ["input", "axes", "attribute"])
+def test_pad_freezes_what_it_makes_longer(style: str) -> None:
+    shapes = {"x": (2, 3, 4), "y": (2, 3, 5)}
+    if style == "input":
+        facts = said("Pad", shapes, ["x", "p"], ["y"], values={"p": [0, 0, 0, 0, 0, 1]})
+    elif style == "axes":
+        values = {"p": [0, 0, 1, 0], "a": [-1, 1]}
+        facts = said("Pad", shapes, ["x", "p", "", "a"], ["y"], values=values, opset=18)
+    else:
+        facts = said("Pad", shapes, ["x"], ["y"], opset=9, pads=[0, 0, 0, 0, 0, 1])
+    assert frozen(facts) == {("x", 2), ("y", 2)}
+    assert tied(facts, ("x", 0), ("y", 0)) and tied(facts, ("x", 1), ("y", 1))
+
+
+def test_pad_that_shifts_an_axis_is_seen_though_its_size_stays() -> None:
+    facts = said("Pad", {"x": (2, 3), "y": (2, 3)}, ["x", "p"], ["y"], values={"p": [0, -1, 0, 1]})
+    assert frozen(facts) == {("x", 1), ("y", 1)}
+
+
+def test_pad_by_computed_amounts_freezes_everything() -> None:
+    facts = said("Pad", {"x": (2, 3), "p": (4,), "y": (2, 3)}, ["x", "p"], ["y"])
+    assert frozen(facts) == axes("x", "y", rank=2)
+
+
+@pytest.mark.parametrize("given", ["scales", "sizes", "computed sizes", "axes"])
+def test_resize_keeps_channels_and_freezes_the_image(given: str) -> None:
+    shapes = {"x": (2, 3, 4, 4), "y": (2, 3, 8, 8)}
+    if given == "scales":
+        facts = said("Resize", shapes, ["x", "", "s"], ["y"], values={"s": [1.0, 1.0, 2.0, 2.0]})
+    elif given == "sizes":
+        facts = said("Resize", shapes, ["x", "", "", "s"], ["y"], values={"s": [2, 3, 8, 8]})
+    elif given == "axes":
+        facts = said("Resize", shapes, ["x", "", "s"], ["y"], values={"s": [2.0, 2.0]}, opset=18, axes=[-2, -1])
+    else:
+        facts = said("Resize", {**shapes, "s": (4,)}, ["x", "", "", "s"], ["y"])
+    assert frozen(facts) == {("x", 2), ("x", 3), ("y", 2), ("y", 3)}
+    assert tied(facts, ("x", 0), ("y", 0)) and tied(facts, ("x", 1), ("y", 1))
+
+
+def test_resize_by_a_scale_that_rounds_to_the_same_size_is_no_copy() -> None:
+    facts = said("Resize", {"x": (2, 8), "y": (2, 8)}, ["x", "", "s"], ["y"], values={"s": [1.0, 1.1]})
+    assert frozen(facts) == {("x", 1), ("y", 1)}
+
+
+def test_resize_by_computed_scales_or_of_a_crop_freezes_everything() -> None:
+    shapes = {"x": (2, 3), "s": (2,), "y": (2, 3)}
+    assert frozen(said("Resize", shapes, ["x", "", "s"], ["y"])) == axes("x", "y", rank=2)
+    crop = {"coordinate_transformation_mode": "tf_crop_and_resize"}
+    facts = said("Resize", shapes, ["x", "r", "", "s"], ["y"], values={"r": [0.0, 0.0, 1.0, 1.0], "s": [2, 3]}, **crop)
+    assert frozen(facts) == axes("x", "y", rank=2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "attrs"), [((1, 1), {}), ((1, 1), {"strides": [2, 2]}), ((3, 3), {"pads": [1] * 4})]
+)
+def test_only_a_convolution_of_single_places_leaves_the_image_alone(
+    kernel: tuple[int, int], attrs: dict[str, list[int]]
+) -> None:
+    size = 2 if "strides" in attrs else 4
+    shapes = {"x": (2, 3, 4, 4), "w": (5, 3, *kernel), "y": (2, 5, size, size)}
+    facts = said("Conv", shapes, ["x", "w"], ["y"], weights=("w",), **attrs)
+    alone = not attrs
+    assert tied(facts, ("x", 2), ("y", 2)) == tied(facts, ("x", 3), ("y", 3)) == alone
+    assert frozen(facts) == (set() if alone else {("x", 2), ("x", 3)})
+
+
+@pytest.mark.parametrize(("op", "sums"), [("ReduceL2", True), ("ReduceSum", True), ("ReduceMax", False)])
+def test_sums_and_lengths_are_told_from_other_reductions(op: str, sums: bool) -> None:
+    attrs = {} if op == "ReduceSum" else {"axes": [1]}
+    inputs = ["x", "a"] if op == "ReduceSum" else ["x"]
+    facts = said(op, {"x": (2, 3), "y": (2, 1)}, inputs, ["y"], values={"a": [1]} if op == "ReduceSum" else {}, **attrs)
+    assert frozen(facts) == {("x", 1)} and bool(facts.sums) == sums
 
 
 def test_attention_with_four_axes_has_a_score_and_a_mix() -> None:

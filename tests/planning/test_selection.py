@@ -163,6 +163,44 @@ def test_an_ffn_without_a_bias_behind_it_is_judged_with_its_mean() -> None:
     assert chooser.removal(analysis.groups["ffn.0"]).order.tolist() == order
 
 
+def test_channels_between_pointwise_convolutions_go_in_the_order_of_the_surgeon() -> None:
+    model = graphs.depthwise(12)
+    analysis = analyse_model(model)
+    chooser = selector(analysis, measured(analysis, batches(model)))
+    (reader,) = refittable(analysis.groups["ffn.0"], analysis.linears)
+    session = analysis.graph.session([reader.data], threads=1, optimize=False)
+    images = np.concatenate([session.run(None, batch.inputs)[0] for batch in batches(model)]).astype(np.float64)
+    x = images.transpose(0, 2, 3, 1).reshape(-1, 12)
+    order, errors = greedy(
+        analysis.graph.weights[reader.weight].reshape(5, 12).T.astype(np.float64), np.cov(x, rowvar=False, bias=True)
+    )
+    curve = chooser.curve(analysis.groups["ffn.0"])
+    assert curve is not None
+    np.testing.assert_allclose(curve[1:12], errors[::-1], rtol=1e-3)
+    assert chooser.removal(analysis.groups["ffn.0"]).order.tolist() == order
+
+
+def test_of_readers_of_different_activations_the_widest_has_the_word() -> None:
+    """Squeeze and excitation: a gate reads the mean over the image, and a projection the gated image."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 3, 4, 4])
+    h = net.op("Relu", net.op("Conv", x, net.weight("expand.w", 8, 3, 1, 1), net.weight("expand.b", 8)))
+    squeezed = net.op("Conv", net.op("GlobalAveragePool", h), net.weight("squeeze.w", 2, 8, 1, 1))
+    gate = net.op("Sigmoid", net.op("Conv", net.op("Relu", squeezed), net.weight("excite.w", 8, 2, 1, 1)))
+    gated = net.op("Mul", h, gate)
+    net.output(net.op("Conv", gated, net.weight("project.w", 6, 8, 1, 1)), ["N", 6, 4, 4])
+    model = net.proto()
+    analysis = analyse_model(model)
+    group = analysis.groups["ffn.0"]
+    assert {linear.weight for linear in refittable(group, analysis.linears)} == {"squeeze.w", "project.w"}
+    session = analysis.graph.session([gated.name], threads=1, optimize=False)
+    images = np.concatenate([session.run(None, batch.inputs)[0] for batch in batches(model)]).astype(np.float64)
+    rows = images.transpose(0, 2, 3, 1).reshape(-1, 8)
+    order, _ = greedy(analysis.graph.weights["project.w"].reshape(6, 8).T.astype(np.float64), rows.T @ rows / len(rows))
+    chooser = selector(analysis, measured(analysis, batches(model)))
+    assert chooser.removal(group).order.tolist() == order
+
+
 def test_dead_ffn_neurons_go_first_and_cost_nothing() -> None:
     plain = graphs.transformer(**SHAPE)
     weights = {name: array.copy() for name, array in graphs.initializers(plain).items()}

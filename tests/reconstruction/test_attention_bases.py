@@ -245,3 +245,13 @@ def test_heads_without_cut_or_company_keep_their_own_bases() -> None:
     covariance, weight, places, own = shared_heads(0)
     assert complementary_bases(own, covariance, weight, places, 4) == own
     assert complementary_bases(own[:1], covariance, weight, places[:1], 2) == own[:1]
+
+
+def test_values_and_keys_that_never_vary_have_a_basis_that_can_be_undone() -> None:
+    """A decoder whose first self-attention reads zeros, say: there is no direction, and none must be divided by."""
+    nothing = np.zeros((SIZE, SIZE))
+    found = value_basis(nothing, np.random.default_rng(0).standard_normal((SIZE, 4)))
+    np.testing.assert_array_equal(found.errors, 0)
+    assert np.linalg.cond(found.basis) < 10 and np.abs(found.basis).max() < 10
+    pairs = pair_basis(np.eye(SIZE), nothing)
+    assert np.isfinite(pairs.query).all() and not pairs.errors.any()

@@ -104,6 +104,22 @@ def test_a_duplicated_neuron_is_dropped_without_a_trace(kind: str, size: int, he
     assert plain > 1e-2 and difference(original, refit.graph, feeds) < plain / 100
 
 
+def test_a_duplicated_channel_before_a_pointwise_convolution_is_dropped_without_a_trace() -> None:
+    model = graphs.depthwise(8)
+    held = graphs.initializers(model)
+    values = {name: held[name].copy() for name in ("expand.w", "expand.b", "depth.w", "depth.b")}
+    values["expand.w"][5], values["expand.b"][5] = 2 * values["expand.w"][1], 2 * values["expand.b"][1]
+    values["depth.w"][5], values["depth.b"][5] = values["depth.w"][1], 2 * values["depth.b"][1]
+    model = graphs.set_weights(model, values)
+    keep = {"ffn.0": [[0, 1, 2, 3, 4, 6, 7]]}
+    analysis, updates, plan = refitted(model, keep, graphs.calibration(model, 20))
+    original, feeds = as_graph(analysis.model), [graphs.inputs_for(model, 3, 99)]
+    plain = difference(original, apply(analysis, plan).graph, feeds)
+    refit = apply(analysis, plan, updates)
+    assert updates["project.w"].shape == (5, 8, 1, 1) and prove(analysis, refit, feeds).passed
+    assert plain > 1e-2 and difference(original, refit.graph, feeds) < plain / 100
+
+
 def test_cut_rows_of_a_refitted_weight_are_zero_and_only_the_consumers_change() -> None:
     model = graphs.transformer(blocks=1)
     keep = [[0, 2], [1, 5], [3, 4]]

@@ -109,7 +109,7 @@ def test_axes_of_size_one_stay() -> None:
 def test_depthwise_convolutions_get_as_many_groups_as_channels(kept: int) -> None:
     model = graphs.depthwise(6)
     analysis = analyse_model(model)
-    applied = apply(analysis, Plan("", [graphs.keeping(analysis.groups["channel.0"], [list(range(6 - kept, 6))])]))
+    applied = apply(analysis, Plan("", [graphs.keeping(analysis.groups["ffn.0"], [list(range(6 - kept, 6))])]))
     (node,) = [node for node in applied.graph.nodes if node.name == "depth"]
     assert attribute(node, "group") == kept
     assert applied.graph.weights["depth.w"].shape == (kept, 1, 3, 3)
@@ -159,3 +159,27 @@ def test_the_given_graph_is_not_changed() -> None:
     to_model(apply(analysis, graphs.random_plan(analysis.structure.groups, np.random.default_rng(0))).graph)
     assert analysis.graph.to_proto().SerializeToString() == before
     assert analysis.packed.graph.to_proto().SerializeToString() == packed
+
+
+@pytest.mark.parametrize("given", ["scales", "sizes", "computed", "some axes"])
+def test_resize_is_told_the_channels_that_stay(given: str) -> None:
+    net = graphs.Net(opset=18)
+    x = net.input("x", ["N", 3, 4, 4])
+    h = net.op("Relu", net.op("Conv", x, net.weight("a.w", 6, 3, 1, 1), net.weight("a.b", 6)))
+    if given == "scales":
+        h = net.op("Resize", h, None, np.asarray([1.0, 1.0, 2.0, 2.0]), mode="nearest")
+    elif given == "sizes":
+        batch = net.op("Slice", net.op("Shape", x), [0], [1])
+        h = net.op("Resize", h, None, None, net.op("Concat", batch, [6, 8, 8], axis=0), mode="nearest")
+    elif given == "computed":
+        h = net.op("Resize", h, None, None, net.op("Add", net.op("Shape", h), [0, 0, 3, 3]), mode="linear")
+    else:
+        h = net.op("Resize", h, None, None, [6, 8, 8], axes=[1, 2, 3], mode="cubic")
+    h = net.op("Conv", h, net.weight("b.w", 2, 6, 3, 3), pads=[1] * 4)
+    net.output(net.op("GlobalAveragePool", h), ["N", 2, 1, 1])
+    model = net.proto()
+    analysis = analyse_model(model)
+    (group,) = analysis.structure.groups
+    assert (group.kind, group.size, group.reasons) == ("channel", 6, ())
+    applied = apply(analysis, Plan("", [graphs.keeping(group, [[1, 2, 5]])]))
+    assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)]).passed
