@@ -8,7 +8,7 @@ occurs. Two factors that were unified can never be cut apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 Axis = tuple[str, int]  # (tensor name, axis index)
@@ -25,9 +25,10 @@ class Tie:
 
 @dataclass(frozen=True)
 class Clash:
-    """Two products that do not factor alike; everything they touch must stay as it is."""
+    """Two products that do not factor alike; the factors they are made of must stay as they are."""
 
     tie: Tie
+    factors: tuple[int, ...]
     reason: str
 
 
@@ -51,6 +52,13 @@ class Factors:
         found: list[int] = []
         for axis in run:
             self._expand(self._of_axis[axis], found)
+        return tuple(found)
+
+    def current(self, factors: Iterable[int]) -> tuple[int, ...]:
+        """What some factors have become by now: the unsplit ones they are made of."""
+        found: list[int] = []
+        for factor in factors:
+            self._expand(factor, found)
         return tuple(found)
 
     def size(self, atom: int) -> int:
@@ -87,6 +95,26 @@ class Factors:
                 a.append(x)
                 b.append(y)
         return all(self.size(rest) == 1 for rest in [*a, *b])
+
+    def stretches(self, left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        """Two equal products in the shortest runs that equal each other whatever the rest is.
+
+        (2, 8, 7, 96) = (2, 28, 2, 96) is 2 = 2, (8, 7) = (28, 2) and 96 = 96, of which the second cannot be unified.
+        """
+        i = j = start = other = 0
+        a = b = 1
+        while i < len(left) and j < len(right) and a and b:
+            if a <= b:
+                a *= self.size(left[i])
+                i += 1
+            else:
+                b *= self.size(right[j])
+                j += 1
+            if a == b and a:
+                yield left[start:i], right[other:j]
+                start, other = i, j
+        if start < len(left) or other < len(right):
+            yield left[start:], right[other:]
 
     def _split(self, factor: int, major: int) -> bool:
         """Turn a factor into the product (major, rest)."""
@@ -134,8 +162,9 @@ def solve(ties: Sequence[Tie], sizes: dict[Axis, int]) -> tuple[Factors, list[Cl
         factors.axis(axis, size)
     clashes = []
     for tie in ties:
-        if not factors.unify(factors.atoms(tie.left), factors.atoms(tie.right)):
-            left = "×".join(str(sizes[axis]) for axis in tie.left)
-            right = "×".join(str(sizes[axis]) for axis in tie.right)
-            clashes.append(Clash(tie, f"sizes {left} and {right} do not factor alike"))
+        for left, right in list(factors.stretches(factors.atoms(tie.left), factors.atoms(tie.right))):
+            shown = ["×".join(str(factors.size(atom)) for atom in atoms) or "1" for atoms in (left, right)]
+            if not factors.unify(left, right):
+                reason = f"sizes {shown[0]} and {shown[1]} do not factor alike"
+                clashes.append(Clash(tie, (*left, *right), reason))
     return factors, clashes

@@ -93,8 +93,8 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
     for freeze in facts.freezes:
         _note(frozen, factors.atoms(freeze.axis), freeze)
     for clash in clashes:
-        axes = [*clash.tie.left, *clash.tie.right]
-        _note(frozen, factors.atoms(axes), Freeze(axes[0], clash.reason, clash.tie.node))
+        place = next(iter((*clash.tie.left, *clash.tie.right)))
+        _note(frozen, factors.current(clash.factors), Freeze(place, clash.reason, clash.tie.node))
     for run, freeze in unstacked:
         _note(frozen, run, freeze)
     spread_freezes(stacks, frozen)
