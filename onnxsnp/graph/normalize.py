@@ -66,14 +66,13 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     if expanded:
         measured = probe(base, sizes)
     _fold(base, measured.constant)
+    # weights that are sliced or resampled to sizes which the graph reads from shapes; masks need them in both forms
+    derived = {name: value for name, value in measured.invariant.items() if value.size > 1 and value.dtype.kind == "f"}
+    _fold(base, derived)
     copy_tables(base, measured)
     unshare(base)
     graph = base.copy()
-    # sizes and scales only: a weight that a static batch makes invariant must stay where the exported graph has it
-    _fold(
-        graph,
-        {name: value for name, value in measured.invariant.items() if value.size == 1 or value.dtype.kind in "iub"},
-    )
+    _fold(graph, {name: value for name, value in measured.invariant.items() if name not in derived})
     unshare(graph)
     shapes = {**measured.shapes, **{name: array.shape for name, array in graph.weights.items()}}
     single = {**measured.single, **{name: array.shape for name, array in graph.weights.items()}}
@@ -194,22 +193,39 @@ _CONSTANTS = {
 def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
     """Replace tensors by their known values, unless that would make the file larger."""
     produced = graph.producers()
+    namer = Namer(graph.names())
+    captured = {name for node in graph.nodes for name in subgraph_reads(node)}
+    known: dict[str, str] = {}
     gone: set[int] = set()
     for name, value in values.items():
         node = produced.get(name)
-        if node is None or name in graph.outputs:
+        if node is None or name in graph.outputs or (name in captured and len(node.output) > 1):
             continue
-        held = sum(graph.weights[source].size for source in node.input if source in graph.weights)
-        if value.size > max(_SMALL, held):
+        if value.size > max(_SMALL, _held(node, graph, produced)):
             continue
-        graph.weights[name] = value
-        kept = [output for output in node.output if output not in graph.weights and output]
-        if not kept:
+        known[name] = name if len(node.output) == 1 else namer(f"{name}.value")  # its node may be needed for the rest
+        graph.weights[known[name]] = value
+        if len(node.output) == 1:
             gone.add(id(node))
-        else:
-            node.output[list(node.output).index(name)] = ""
     graph.nodes = [node for node in graph.nodes if id(node) not in gone]
+    for node in graph.nodes:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = known.get(name, name)
     graph.drop_dead()
+
+
+def _held(node: NodeProto, graph: Graph, produced: Mapping[str, NodeProto]) -> int:
+    """Entries of all weights that a value is computed from."""
+    weights: set[str] = set()
+    stack, seen = [node], {node.name}
+    while stack:
+        for source in stack.pop().input:
+            if source in graph.weights:
+                weights.add(source)
+            elif source in produced and produced[source].name not in seen:
+                seen.add(produced[source].name)
+                stack.append(produced[source])
+    return sum(graph.weights[source].size for source in weights)
 
 
 def unshare(graph: Graph) -> None:

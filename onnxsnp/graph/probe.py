@@ -41,7 +41,8 @@ class Probe:
         dynamic: for each tensor, which axes changed with the symbolic sizes.
         single: sizes at batch 1, other symbolic sizes as in the first run.
         constant: values of tensors that depend only on weights.
-        invariant: values of tensors that depend on weights and on tensors' shapes, and were equal in every run.
+        invariant: values of tensors that depend on weights and on tensors' shapes, and were equal in every run; of a
+            chain of them the last, which something else reads.
         counting: such tensors that held 0, 1, 2, ... in every run, however many that were.
     """
 
@@ -66,8 +67,9 @@ def probe(graph: Graph, sizes: Mapping[str, Sequence[int]] | None = None) -> Pro
     constant, derived = _derived(graph)
     typed = _tensor_names(graph)
     computed = [name for node in graph.nodes for name in node.output if name in typed]
-    values = [name for name in computed if name in constant or name in derived]
-    frontier = _frontier(graph, values)
+    # which derived values follow the batch is only known afterwards, and those that do may read others that do not
+    frontier = _frontier(graph, [name for name in computed if name in constant])
+    frontier += [name for name in computed if name in derived]
     instrumented = graph.copy()
     number = {name: index for index, name in enumerate(computed)}
     nodes = []
@@ -143,7 +145,7 @@ def _derived(graph: Graph) -> tuple[set[str], set[str]]:
 
 
 def _frontier(graph: Graph, names: Sequence[str]) -> list[str]:
-    """Those of the derived tensors that a node outside the derived part reads."""
+    """Those of some tensors that a node reads which computes anything else."""
     inside = set(names)
     read = {name for node in graph.nodes if not all(out in inside for out in node.output if out) for name in node.input}
     return [name for name in names if name in read]
@@ -264,6 +266,7 @@ def _compare(
         if isinstance(value, np.ndarray)
         and all(np.array_equal(value, run[1][name], equal_nan=value.dtype.kind == "f") for run in runs[1:])
     }
+    fixed = {name: fixed[name] for name in _frontier(graph, list(fixed))}
     return Probe(
         shapes,
         dynamic,

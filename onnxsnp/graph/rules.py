@@ -207,11 +207,24 @@ def _split(node: NodeProto, facts: Facts) -> None:
         _elementwise(node, facts)
         return
     parts, start = [], 0
-    for output in node.output:
-        size = facts.shapes[output][axis]
-        parts.append((output, start, start + size))
+    for output, size in zip(node.output, _split_sizes(node, facts, axis), strict=True):
+        if output:  # one that nothing reads may have no name
+            parts.append((output, start, start + size))
         start += size
     _take(node, facts, axis, parts, drops=False)
+
+
+def _split_sizes(node: NodeProto, facts: Facts, axis: int) -> list[int]:
+    """How much of the axis each output takes, from the outputs that have a name and else from what is left."""
+    known = [facts.shapes[output][axis] if output else 0 for output in node.output]
+    if all(node.output):
+        return known
+    given = facts.value(node.input[1]) if len(node.input) > 1 and node.input[1] else attribute(node, "split")
+    if given is not None:
+        return [int(size) for size in given]
+    largest = max(known)  # equal parts, of which only the last may be smaller
+    left = facts.shapes[node.input[0]][axis] - largest * (len(known) - 1)
+    return [largest] * (len(known) - 1) + [left]
 
 
 def _slice(node: NodeProto, facts: Facts) -> None:
@@ -442,5 +455,6 @@ RULES: dict[str, Rule] = {
     "RMSNormalization": _layer_norm,
     "Slice": _slice,
     "Split": _split,
+    "Tile": spatial.tile,
     "Transpose": _transpose,
 }

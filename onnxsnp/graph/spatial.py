@@ -1,4 +1,4 @@
-"""Rules of the operators that work on images: convolutions, pools, padding, resizing."""
+"""Rules of the operators that work on images: convolutions, pools, padding, resizing, repeating."""
 
 from __future__ import annotations
 
@@ -96,3 +96,14 @@ def resize(node: NodeProto, facts: Facts) -> None:
         else:
             facts.freeze((data, index), f"{node.op_type} runs over it")
             facts.freeze((output, index), f"{node.op_type} runs over it")
+
+
+def tile(node: NodeProto, facts: Facts) -> None:
+    """An axis that is repeated once stays; copies of an axis are one longer axis that must keep its size."""
+    data, output = node.input[0], node.output[0]
+    for index in range(facts.rank(data)):
+        if facts.shapes[data][index] == facts.shapes[output][index]:
+            facts.same((data, index), (output, index))
+        else:
+            facts.freeze((data, index), "Tile repeats it")
+            facts.freeze((output, index), "Tile repeats it")

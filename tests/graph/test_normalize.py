@@ -12,7 +12,7 @@ from onnx import helper
 
 from onnxsnp.analysis import analyse_model
 from onnxsnp.errors import ModelError
-from onnxsnp.evaluation.verify import difference, prove
+from onnxsnp.evaluation.verify import difference, masked, prove
 from onnxsnp.graph.ir import Graph, attribute
 from onnxsnp.graph.normalize import Normalized, as_graph, normalize
 from onnxsnp.model import load
@@ -302,3 +302,41 @@ def test_a_gather_in_another_order_stays() -> None:
     assert any(node.name == "strided" and node.op_type == "Gather" for node in analysis.graph.nodes)
     assert analysis.structure.groups == []
     assert [item.reason for item in analysis.structure.skipped] == ["the width 6 of 'a.w': Gather picks entries of it"]
+
+
+def test_weights_sliced_by_sizes_read_from_shapes_become_weights_and_can_be_masked() -> None:
+    """nn.MultiheadAttention with an own query: its packed projection is cut up by the width of the input."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 4, 6])
+    width = net.op("Slice", net.op("Shape", x), np.asarray([2]), np.asarray([3]))
+    packed = net.weight("packed", 12, 6)
+    first = net.op("Slice", packed, np.asarray([0]), width, np.asarray([0]))
+    probe = net.op("Expand", net.weight("probe", 1, 1, 6), net.op("Concat", _batch(net, x), np.asarray([1, 6]), axis=0))
+    query = net.op("MatMul", probe, net.op("Transpose", first, perm=[1, 0]))
+    net.output(net.op("MatMul", net.op("Relu", query), net.weight("last", 6, 5)), ["N", 1, 5])
+    model = net.proto()
+    found = normal(model)
+    assert not any(node.op_type == "Slice" for node in found.base.nodes if "packed" in node.input)
+    assert difference(as_graph(load(model)), found.base, [graphs.inputs_for(model, 3)]) < 1e-6
+    analysis = analyse_model(model)
+    (group,) = analysis.structure.groups
+    assert (group.kind, group.size, group.prunable) == ("ffn", 6, True)
+    applied = apply(analysis, graphs.random_plan([group], np.random.default_rng(0)))
+    expected = masked(analysis.normalized.base, analysis.graph, analysis.dependencies, applied.cuts, {})
+    assert difference(expected, applied.graph, [graphs.inputs_for(model, 3)]) < 1e-6
+
+
+def _batch(net: graphs.Net, x: Any) -> Any:
+    return net.op("Slice", net.op("Shape", x), np.asarray([0]), np.asarray([1]))
+
+
+def test_a_folded_part_of_a_split_leaves_the_operator_whole() -> None:
+    """onnxruntime crashes on a Split with an output that has no name."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 6])
+    parts = net.split(net.op("Neg", net.weight("both", 6, 8)), [3, 5], 1)
+    net.output(net.op("Concat", *(net.op("MatMul", x, part) for part in parts), axis=1), ["N", 8])
+    model = net.proto()
+    found = normal(model)
+    assert all(name for node in found.base.nodes for name in node.output)
+    assert difference(as_graph(load(model)), found.base, [graphs.inputs_for(model, 3)]) < 1e-6

@@ -323,6 +323,13 @@ def test_split_takes_consecutive_ranges() -> None:
     assert not tied(facts, ("x", 1), ("a", 1))
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_split_with_an_output_that_nothing_reads(told: bool) -> None:
+    values = {"sizes": [2, 2, 2]} if told else {}
+    facts = said("Split", {"x": (6, 3), "b": (2, 3)}, ["x", *values], ["", "b", ""], values=values)
+    assert [(take.output, take.start, take.stop) for take in facts.selects] == [("b", 2, 4)]
+
+
 def test_split_into_one_part_is_no_split() -> None:
     facts = said("Split", {"x": (2, 7), "a": (2, 7)}, ["x"], ["a"], axis=-1)
     assert tied(facts, ("x", 1), ("a", 1)) and not facts.selects and not facts.freezes
