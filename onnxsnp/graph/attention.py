@@ -38,6 +38,7 @@ _TRANSPARENT = {
     "IsNaN",
     "Concat",
     "Expand",
+    "ScatterND",
 }
 
 
@@ -89,11 +90,9 @@ def find_sites(graph: Graph, dependencies: Dependencies) -> tuple[list[Site], li
             if len(before) == 1 and len(after) == 1:
                 sites.append(_site(dependencies, node, before[0], after[0]))
             elif node.output[0] not in graph.outputs:
-                side = "before" if len(before) != 1 else "after"
-                count = len(before if len(before) != 1 else after)
-                unknown.append(
-                    Unrecognised(node.name, f"{count} products of two activations {side} the softmax, expected 1")
-                )
+                side, count = ("before", len(before)) if len(before) != 1 else ("after", len(after))
+                what = f"{count} products of two activations {side} the softmax, expected 1"
+                unknown.append(Unrecognised(node.name, f"not attention: {what}"))
     names = _scopes([site.score for site in sites])
     return [replace(site, name=name) for name, site in zip(names, sites, strict=True)], unknown
 

@@ -23,6 +23,7 @@ from onnxsnp.graph.quantised import said_once
 from onnxsnp.graph.silence import is_silent
 from onnxsnp.graph.spatial import is_pointwise
 from onnxsnp.graph.stacks import above
+from onnxsnp.graph.unpruned import Products
 
 KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
 
@@ -106,6 +107,7 @@ class _Finder:
         self.producers = self._by_atom([role.axis for role in facts.roles if role.kind == "producer"])
         self.consumers = self._by_atom([role.axis for role in facts.roles if role.kind == "consumer"])
         self.joined = self._joined()
+        self.products = Products(dependencies, self.producers, self.joined)
         self.statistics: dict[int, str] = {}
         for role in facts.statistics:
             for atom in dependencies.atoms(*role.axis):
@@ -160,6 +162,9 @@ class _Finder:
         for index, site in enumerate(self.sites):
             groups.extend(self._site_groups(index, site, taken))
         groups = self._with_further_sites(groups)
+        for why, tied in self.products.others(self.sites, taken):
+            self.skipped.append(why)
+            taken |= tied
         counts: dict[str, int] = {}
         for atom in order:
             if atom in taken or atom not in self.producers or self.deps.size(atom) == 1 or self._made_up(atom):
@@ -230,7 +235,13 @@ class _Finder:
         return "channel" if spatial and made_by <= self.convolved else "ffn"
 
     def _site_groups(self, index: int, site: Site, taken: set[int]) -> list[Group]:
-        groups = []
+        if self.products.over_channels(site):
+            why, channels = self.products.channels(site)
+            self.skipped.append(why)
+            taken |= channels
+            return []
+        taken.update(self.products.emitted(site.query_tokens, site.key_tokens))  # of relative position tables, say
+        groups: list[Group] = []
         for kind, axis in (("qk", site.query), ("v", site.value)):
             atoms = self._sizes(axis)
             if len(atoms) != 1:
@@ -253,7 +264,9 @@ class _Finder:
                 self.further.setdefault(atom, []).append(index)
                 continue
             if atom in taken:
-                self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to another site's"))
+                own = any(group.atom == atom for group in groups)
+                whose = "its query-key size" if own else "another site's"
+                self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to {whose}"))
                 continue
             taken.add(atom)
             self.kinds[atom] = kind
@@ -336,7 +349,18 @@ class _Finder:
             if kind != "residual" and whole in self.statistics:
                 reasons.append(f"a normalisation runs over it (at {self.statistics[whole]})")
             reasons.extend(f"occurs twice in tensor '{tensor}'" for tensor in self._twice(whole))
+            reasons.extend(f"what is cut would not be zero in a product (at {node})" for node in self._heard(whole))
         return reasons
+
+    def _heard(self, atom: int) -> list[str]:
+        """Products of two activations that contract a factor and in neither of whose operands cut neurons are zero."""
+        found = []
+        for product in self.deps.facts.products:
+            sides = [side[0].split("|")[-1] for side in (product.left, product.right)]
+            contracted = atom in self.deps.factors.atoms(product.left)
+            if contracted and not any(is_silent(side, atom, self.graph, self.deps) for side in sides):
+                found.append(product.node)
+        return found
 
     def _adds_nothing(self, freeze: Freeze, atom: int) -> bool:
         """Whether a freeze is because of a sum to which cut neurons, being zero, do not add."""

@@ -350,6 +350,10 @@ def _reads_sizes(node: NodeProto, facts: Facts) -> None:
     """Shape reads sizes, not indices; sizes that matter have been folded to constants before."""
 
 
+def _filled(node: NodeProto, facts: Facts) -> None:
+    """Every entry is the same, so any number of them will do; the sizes are told (and corrected) like Reshape's."""
+
+
 def _made_at_run_time(node: NodeProto, facts: Facts) -> None:
     facts.freeze_all(node.output, f"{node.op_type} makes it at run time")
 
@@ -439,7 +443,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Resize", "Upsample"), spatial.resize),
     **dict.fromkeys(("Shape", "Size"), _reads_sizes),
-    **dict.fromkeys(("ConstantOfShape", "Range"), _made_at_run_time),
+    "ConstantOfShape": _filled,
+    "Range": _made_at_run_time,
     "Attention": products.attention,
     "BatchNormalization": _batch_norm,
     "Concat": _concat,

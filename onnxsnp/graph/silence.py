@@ -14,7 +14,7 @@ from onnxsnp.graph.ir import Graph
 
 _FIRST = {  # zero where the first operand is
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout"),
-    *("Slice", "Split", "Gather", "Expand", "Resize", "Tile"),
+    *("Slice", "Split", "Gather", "GatherND", "Expand", "Resize", "Tile", "CastLike"),
     *("Div", "Abs", "Neg", "Sign", "Sqrt", "Sin", "Tanh", "Erf", "Round", "Floor", "Ceil"),
     *("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu"),
     *("Gelu", "HardSwish", "Swish", "Mish", "Softsign"),
@@ -51,8 +51,11 @@ class _Search:
             return False
         if node.op_type in _FIRST:
             return self.silent(node.input[0])
-        if node.op_type in ("Add", "Sub", "Sum", "Concat"):
+        if node.op_type in ("Add", "Sub", "Sum", "Concat", "Max", "Min", "Mean"):
             return all(self.silent(name) for name in node.input)
+        if node.op_type == "Pow":
+            power = self._graph.weights.get(node.input[1])
+            return power is not None and bool((power > 0).all()) and self.silent(node.input[0])
         if node.op_type == "Mul":
             return any(self.silent(name) for name in node.input)
         if node.op_type in _BY_CHANNEL:

@@ -262,6 +262,13 @@ def _fix_expand(
     return _pin(node, graph, changed, namer) if changed else []
 
 
+def _fix_filled(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
+    changed = _changed_axes(dependencies, node.output[0], sizes)
+    return _pin(node, graph, changed, namer, slot=0) if changed else []
+
+
 def _fix_resize(
     node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
 ) -> list[NodeProto]:
@@ -324,7 +331,10 @@ def _fix_conv(
 def _fix_slice(
     node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
 ) -> list[NodeProto]:
-    """Bounds on a cut axis count blocks of it (see `graph.blocks`), so they shrink as the axis does."""
+    """Bounds on a cut axis count blocks of it (see `graph.blocks`), so they shrink as the axis does.
+
+    Where every n-th index is taken, the first bound lies within the first n, and the last behind the end.
+    """
     data = node.input[0]
     shape, changed = dependencies.facts.shapes[data], _changed_axes(dependencies, data, sizes)
     if not changed:
@@ -332,11 +342,12 @@ def _fix_slice(
 
     def moved(bounds: np.ndarray, axes: np.ndarray) -> np.ndarray:
         found = []
-        for bound, axis in zip(bounds.tolist(), (axes % len(shape)).tolist(), strict=True):
-            inside = axis in changed and -shape[axis] <= bound <= shape[axis]
+        for place, (bound, axis) in enumerate(zip(bounds.tolist(), (axes % len(shape)).tolist(), strict=True)):
+            inside = axis in changed and -shape[axis] <= bound <= shape[axis] and steps[place] == 1
             found.append(bound * changed[axis] // shape[axis] if inside else bound)
         return np.asarray(found, np.int64)
 
+    steps = [1] * len(shape)
     if len(node.input) < 2:  # before opset 10
         axes = np.asarray(attribute(node, "axes") or range(len(attribute(node, "starts"))))
         for name in ("starts", "ends"):
@@ -344,6 +355,8 @@ def _fix_slice(
         return []
     count = dependencies.facts.shapes[node.input[1]][0]
     axes = graph.weights[node.input[3]] if len(node.input) > 3 and node.input[3] else np.arange(count)
+    if len(node.input) > 4 and node.input[4]:
+        steps = graph.weights[node.input[4]].tolist()
     for slot in (1, 2):
         if node.input[slot] in graph.weights:
             bounds = graph.weights[node.input[slot]]
@@ -374,6 +387,7 @@ _FIXES: dict[str, _Fix] = {
     "Expand": _fix_expand,
     "Conv": _fix_conv,
     "Resize": _fix_resize,
+    "ConstantOfShape": _fix_filled,
     "Slice": _fix_slice,
     "Split": _fix_split,
 }
