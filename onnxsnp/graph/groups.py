@@ -246,6 +246,7 @@ class _Finder:
             atoms = self._sizes(axis)
             if len(atoms) != 1:
                 what = "contracted size" if kind == "qk" else "value size"
+                taken.update(atoms)
                 self.skipped.append(
                     Unrecognised(
                         site.score,

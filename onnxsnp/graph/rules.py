@@ -255,9 +255,27 @@ def _slice(node: NodeProto, facts: Facts) -> None:
         facts.freeze((output, axis), "part of an axis taken by Slice")
         facts.selects.append(Select(node.name, data, axis, output, start, start + facts.shapes[output][axis]))
         return
+    if len(cut) == 1 and starts is not None and steps is not None:
+        axis = int(axes[cut[0]]) % rank
+        if _slice_every(node, facts, axis, int(starts[cut[0]]), int(steps[cut[0]])):
+            return
     for axis in changed:
         facts.freeze((data, axis), "Slice takes part of it")
         facts.freeze((output, axis), "part of an axis taken by Slice")
+
+
+def _slice_every(node: NodeProto, facts: Facts, axis: int, start: int, step: int) -> bool:
+    """Every step-th index: the axis is a product of runs of `step` indices, one of each of which goes to the output."""
+    data, output = node.input[0], node.output[0]
+    size = facts.shapes[data][axis]
+    if step < 2 or size % step or not 0 <= start < step or facts.shapes[output][axis] != size // step:
+        return False
+    runs, inside = (f"{node.name}|{data}", 0), (f"{node.name}|{data}", 1)
+    facts.virtual[runs], facts.virtual[inside] = size // step, step
+    facts.regroup([(data, axis)], [runs, inside])
+    facts.same((output, axis), runs)
+    facts.freeze(inside, f"Slice takes one in {step}")
+    return True
 
 
 def _slice_arguments(

@@ -42,14 +42,22 @@ class Products:
         return Unrecognised(site.score, f"{site.name}: {reason}"), self._tied(site.query_tokens, site.key_tokens)
 
     def others(self, sites: Sequence[Site], taken: Collection[int]) -> list[tuple[Unrecognised, set[int]]]:
-        """Products outside of attention that contract or keep what projections emit, and the factors they claim."""
+        """Products outside of attention that projections feed, and the factors they claim.
+
+        Those are the ones they contract, and what they keep for each of several heads; what they keep otherwise passes
+        from one projection to the next as it would without them (a weighted mean over tokens, say).
+        """
         known = {name for site in sites for name in (site.score, site.mix)}
         claimed: set[int] = set(taken)
         found = []
         for product in self._deps.facts.products:
             if product.node in known:
                 continue
-            mine = self._tied(product.left, product.right, product.rows, product.columns) - claimed
+            mine = self._tied(product.left, product.right)
+            for side in (product.rows, product.columns):
+                kept = self._tied(side)
+                mine |= kept if len(kept) > 1 else set()
+            mine -= claimed
             if mine:
                 claimed |= mine
                 sizes = ", ".join(str(self._deps.size(atom)) for atom in sorted(mine))

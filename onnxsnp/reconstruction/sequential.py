@@ -39,7 +39,7 @@ from onnxsnp.model import give_back
 from onnxsnp.parallel import Crew
 from onnxsnp.reconstruction.local import TOKENS, LocalFit, Tokens
 from onnxsnp.reconstruction.refit import solve_positive
-from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, touched, weight_axes
+from onnxsnp.surgery.rewrite import Cut, cut_array, cut_graph, spread, touched, weight_axes
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -274,7 +274,7 @@ def _change(
     found = next((streams[atom] for atom in atoms if atom in streams), None)
     if found is not None:
         return found.astype(analysis.graph.weights[branch.linear.weight].dtype)
-    mine = [cut for cut in cuts if cut.atom in atoms]
+    mine = [cut for cut in spread(dependencies, cuts) if cut.atom in atoms]
     return cut_array(np.arange(shape[-1]), [atoms], dependencies.size, mine) if mine else None
 
 
@@ -369,7 +369,7 @@ def _spread(
 ) -> np.ndarray:
     """A cut weight in its original shape, zero where something was cut."""
     places = np.arange(original.size).reshape(original.shape)
-    mine = touched(dependencies, name, cuts)
+    mine = touched(dependencies, name, spread(dependencies, cuts))
     if mine:
         places = cut_array(places, weight_axes(dependencies, name), dependencies.size, mine)
     full = np.zeros(original.size, original.dtype)

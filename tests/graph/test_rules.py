@@ -330,6 +330,24 @@ def test_split_with_an_output_that_nothing_reads(told: bool) -> None:
     assert [(take.output, take.start, take.stop) for take in facts.selects] == [("b", 2, 4)]
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_every_other_index_is_one_of_each_pair(start: int) -> None:
+    values = {"from": [start], "to": [2**31], "along": [1], "step": [2]}
+    facts = said("Slice", {"x": (3, 8), "y": (3, 4)}, ["x", *values], ["y"], values=values)
+    factors = solved(facts)
+    pairs, inside = factors.atoms(("x", 1))
+    assert (factors.size(pairs), factors.size(inside)) == (4, 2)
+    assert factors.atoms(("y", 1)) == (pairs,) and tied(facts, ("x", 0), ("y", 0))
+    assert {atom for axis in frozen(facts) for atom in factors.atoms(axis)} == {inside}
+
+
+@pytest.mark.parametrize(("size", "left", "step"), [(7, 4, 2), (8, 4, -2), (8, 3, 2)])
+def test_other_steps_freeze_the_axis(size: int, left: int, step: int) -> None:
+    values = {"from": [0 if step > 0 else 7], "to": [6 if left == 3 else 2**31 * step], "along": [1], "step": [step]}
+    facts = said("Slice", {"x": (3, size), "y": (3, left)}, ["x", *values], ["y"], values=values)
+    assert frozen(facts) == {("x", 1), ("y", 1)}
+
+
 def test_split_into_one_part_is_no_split() -> None:
     facts = said("Split", {"x": (2, 7), "a": (2, 7)}, ["x"], ["a"], axis=-1)
     assert tied(facts, ("x", 1), ("a", 1)) and not facts.selects and not facts.freezes
