@@ -25,7 +25,11 @@ _BY_CHANNEL = {"BatchNormalization", "LayerNormalization", "RMSNormalization"}  
 
 def is_silent(tensor: str, atom: int, graph: Graph, dependencies: Dependencies) -> bool:
     """Whether the entries of a factor's index are zero in a tensor if they are zero in all weights that have it."""
-    return _Search(atom, graph, dependencies).silent(tensor)
+    search = _Search(atom, graph, dependencies)
+    for node in graph.nodes:  # in their order, so that no search goes deeper than to what is known
+        for name in node.output:
+            search.silent(name)
+    return search.silent(tensor)
 
 
 class _Search:

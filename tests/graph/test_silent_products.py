@@ -11,6 +11,7 @@ import pytest
 
 from onnxsnp.analysis import analyse_model
 from onnxsnp.evaluation.verify import difference, masked
+from onnxsnp.graph.silence import is_silent
 from onnxsnp.surgery.apply import apply
 
 Change = Callable[[graphs.Net, Any], Any]
@@ -62,3 +63,14 @@ def test_one_silent_side_is_enough_and_none_is_not(name: str) -> None:
     assert group.prunable
     (group,) = (g for g in analyse_model(attention(LOUD[name], LOUD[name])).structure.groups if g.kind == "qk")
     assert any("what is cut would not be zero in a product (at MatMul" in reason for reason in group.reasons)
+
+
+def test_the_search_goes_through_networks_of_any_depth() -> None:
+    net = graphs.Net()
+    h = net.linear(net.input("x", ["N", 3]), "first", 3, 4)
+    for index in range(1200):
+        h = net.op("Neg", h, name=f"step{index}")
+    net.output(net.linear(h, "last", 4, 2), ["N", 2])
+    analysis = analyse_model(net.proto())
+    (group,) = analysis.structure.groups
+    assert is_silent("step1199.out", group.atom, analysis.graph, analysis.dependencies)
