@@ -262,9 +262,9 @@ RECIPES: dict[str, Recipe] = {
         both(expect(3, {"residual": "put together by Concat"}, qk=3, v=3, head=3, ffn=4, channel=2, residual=3)),
         {"pixel_values": LARGER}, ("logits", "pred_boxes"),
     ),
-    "timm_eva02": Recipe(
+    "timm_eva02": Recipe(  # queries and keys go in rotation pairs
         build_eva02, "timm Eva as EVA-02",
-        both(expect(2, {"ffn": NORMED}, ("several factors",) * 2, v=2, head=2, residual=1)),
+        both(expect(2, {"ffn": NORMED}, qk=2, v=2, head=2, residual=1)),
     ),
     "timm_cait": Recipe(  # two blocks with heads before, between and behind the two mixing layers, and class attention
         build_cait, "timm Cait", both(expect(3, qk=3, v=3, ffn=3, head=2 * 3 + 1, residual=1))

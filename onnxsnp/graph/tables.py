@@ -73,7 +73,7 @@ def _table_nodes(graph: Graph) -> dict[str, NodeProto]:
     whole = {name for name, kind in kinds.items() if kind in "iub"}
     whole |= {name for name, array in graph.weights.items() if array.dtype.kind in "iub"}
     scalars = {name for name, array in graph.weights.items() if array.size == 1}
-    vectors = {name for name, array in graph.weights.items() if name not in whole | scalars}
+    vectors = {name for name, array in graph.weights.items() if array.size == max(array.shape, default=1)} - whole
     plain, tables = whole | scalars, set[str]()
     found: dict[str, NodeProto] = {}
     for node in graph.nodes:
