@@ -15,6 +15,7 @@ from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, attribute
+from onnxsnp.graph.products import einsum_terms
 from onnxsnp.graph.stacks import expanded
 
 
@@ -149,15 +150,16 @@ def _node_terms(node: NodeProto, graph: Graph, deps: Dependencies, single: Mappi
         weight = node.input[1]
         return [term(node.output[0], [(weight, axis) for axis in range(1, len(single[weight]))])]
     if node.op_type == "Einsum":
-        terms = attribute(node, "equation", b"").decode().replace(" ", "").split("->")
-        inner = [
-            (name, index)
-            for name, letters in zip(node.input, terms[0].split(","), strict=True)
+        terms = einsum_terms(node, [len(single[name]) for name in [*node.input, *node.output]])
+        if terms is None or len(node.input) != 2:
+            return []
+        inner = {
+            letter: (name, index)
+            for name, letters in zip(node.input, terms, strict=False)
             for index, letter in enumerate(letters)
             if letter not in terms[-1]
-        ]
-        unique = {terms[0].split(",")[list(node.input).index(name)][index]: (name, index) for name, index in inner}
-        return [term(node.output[0], list(unique.values()))] if len(node.input) == 2 else []
+        }
+        return [term(node.output[0], list(inner.values()))]
     if node.op_type == "Attention":
         return _attention_terms(node, deps, single)
     return []

@@ -351,7 +351,18 @@ class _Finder:
                 reasons.append(f"a normalisation runs over it (at {self.statistics[whole]})")
             reasons.extend(f"occurs twice in tensor '{tensor}'" for tensor in self._twice(whole))
             reasons.extend(f"what is cut would not be zero in a product (at {node})" for node in self._heard(whole))
+            reasons.extend(f"what is cut would be divided by zero (at {node})" for node in self._divides(whole))
         return reasons
+
+    def _divides(self, atom: int) -> list[str]:
+        """Divisions by what is computed and zero for cut neurons, such as probabilities by their sum."""
+        divisors = [(node.name, node.input[1]) for node in self.graph.nodes if node.op_type == "Div"]
+        return [
+            node
+            for node, divisor in divisors
+            if divisor not in self.graph.weights and atom in self._tensor_atoms(divisor)
+            if is_silent(divisor, atom, self.graph, self.deps)
+        ]
 
     def _heard(self, atom: int) -> list[str]:
         """Products of two activations that contract a factor and in neither of whose operands cut neurons are zero."""

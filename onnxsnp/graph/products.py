@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from string import ascii_uppercase
+
 from onnx import NodeProto
 
 from onnxsnp.graph.axes import Axis
@@ -77,18 +80,33 @@ def gemm(node: NodeProto, facts: Facts) -> None:
                 facts.same((bias, index), (output, index + shift))
 
 
+def einsum_terms(node: NodeProto, ranks: Sequence[int]) -> list[str] | None:
+    """One letter per axis of each operand and the result of an Einsum; None where the result is implicit.
+
+    Args:
+        ranks: of the operands and the result. The axes that an ellipsis stands for get capital letters from the right,
+            as they are broadcast.
+    """
+    equation = attribute(node, "equation", b"").decode().replace(" ", "")
+    spare = [letter for letter in ascii_uppercase if letter not in equation]
+    terms = equation.replace("->", ",").split(",")
+    if "->" not in equation or len(terms) != len(ranks):
+        return None
+    found = []
+    for term, rank in zip(terms, ranks, strict=True):
+        hidden = rank - len(term.replace("...", ""))
+        found.append(term.replace("...", "".join(spare[:hidden][::-1])))
+    return found
+
+
 def einsum(node: NodeProto, facts: Facts) -> None:
     """A plain product of two operands; anything else is frozen where it sums."""
-    equation = attribute(node, "equation", b"").decode().replace(" ", "")
     names = [*node.input, *node.output]
-    if (
-        "->" not in equation
-        or "." in equation
-        or any(len(set(term)) != len(term) for term in equation.replace("->", ",").split(","))
-    ):
+    equation = attribute(node, "equation", b"").decode().replace(" ", "")
+    terms = einsum_terms(node, [facts.rank(name) for name in names])
+    if terms is None or any(len(set(term)) != len(term) for term in terms):
         facts.freeze_all(names, f"einsum '{equation}' is not a plain product")
         return
-    terms = equation.replace("->", ",").split(",")
     places: dict[str, list[Axis]] = {}
     for name, term in zip(names, terms, strict=True):
         for index, letter in enumerate(term):

@@ -18,6 +18,7 @@ _FIRST = {  # zero where the first operand is
     *("Div", "Abs", "Neg", "Sign", "Sqrt", "Sin", "Tanh", "Erf", "Round", "Floor", "Ceil"),
     *("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu", "Selu", "Celu"),
     *("Gelu", "HardSwish", "Swish", "Mish", "Softsign"),
+    *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"),
     *("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool"),
 }
 _BY_CHANNEL = {"BatchNormalization", "LayerNormalization", "RMSNormalization"}  # zero where their gain and shift are

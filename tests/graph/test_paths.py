@@ -244,7 +244,11 @@ def test_a_way_names_its_projection_or_the_node_that_blocks_it() -> None:
     assert way_to(site.value[0], v.atom, graph, deps, linears).linear == linears["v.w"]
     assert not way_to("x", qk.atom, graph, deps, linears).rotatable
     inverse = analyse_model(attention(q=lambda net, x: net.op("Div", 1.0, x, name="inverse")))
-    assert inverse.rotations.blocked == {"qk.0": "inverse"}
+    assert inverse.groups["qk.0"].reasons == ("what is cut would be divided by zero (at inverse)",)
+    site = inverse.structure.sites[0]
+    query = way_to(site.query[0], inverse.groups["qk.0"].atom, inverse.graph, inverse.dependencies, inverse.linears)
+    assert (query.linear, query.blocked_by) == (None, "inverse")
+    site = analysis.structure.sites[0]
     data = linears["proj.w"].data
     assert not straight_from(data, site.mix, v.atom, graph, deps, linears)
     plain = analyse_model(attention())

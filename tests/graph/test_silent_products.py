@@ -65,6 +65,23 @@ def test_one_silent_side_is_enough_and_none_is_not(name: str) -> None:
     assert any("what is cut would not be zero in a product (at MatMul" in reason for reason in group.reasons)
 
 
+def test_heads_whose_probabilities_are_divided_by_their_sum_are_not_silenced() -> None:
+    """Gates per head on probabilities that are normalised afterwards: without them a head would be nought by nought."""
+    net = graphs.Net()
+    x = net.input("x", ["N", 5, 6])
+    q, k, v = (
+        net.op("Transpose", net.reshape(net.linear(x, name, 6, 6), 0, 5, 2, 3), perm=[0, 2, 1, 3]) for name in "qkv"
+    )
+    p = net.op("Softmax", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    p = net.op("Mul", p, net.weight("gate", 1, 2, 1, 1))
+    p = net.op("Div", p, net.op("ReduceSum", p, np.asarray([-1])), name="normalised")
+    y = net.reshape(net.op("Transpose", net.op("MatMul", p, v), perm=[0, 2, 1, 3]), 0, 5, 6)
+    net.output(net.linear(y, "o", 6, 3), ["N", 5, 3])
+    found = {group.kind: group.reasons for group in analyse_model(net.proto()).structure.groups}
+    assert found["qk"] == found["v"] == ()
+    assert found["head"] == ("what is cut would be divided by zero (at normalised)",)
+
+
 def test_the_search_goes_through_networks_of_any_depth() -> None:
     net = graphs.Net()
     h = net.linear(net.input("x", ["N", 3]), "first", 3, 4)
