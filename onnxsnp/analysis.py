@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ def _inputs(graph: Graph) -> dict[str, list[int | str]]:
 def _site(analysis: Analysis, index: int) -> dict[str, Any]:
     site = analysis.structure.sites[index]
     found = {kind: analysis.structure.group(kind, index) for kind in ("qk", "v", "head")}
-    heads = max((group.heads for group in (found["qk"], found["v"]) if group is not None), default=1)
+    counted = [one.size for one in analysis.structure.groups if one.kind == "head" and index in one.sites]
+    known = max((group.heads for group in (found["qk"], found["v"]) if group is not None), default=1)
+    heads = max(prod(counted), known)  # of queries, several of which may share a head of keys
     reasons = [f"{kind}: {reason}" for kind, group in found.items() if group is not None for reason in group.reasons]
     reasons += [item.reason for item in analysis.structure.skipped if item.node == site.score]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import graphs
 import numpy as np
@@ -29,6 +30,13 @@ def test_sites_have_their_sizes() -> None:
     ]
     assert all(site["prunable"] == {"qk": True, "v": True, "head": True} for site in report.sites)
     assert report.skipped == [] and report.inputs == {"x": ["N", 5, 7]} and report.opset == 17
+
+
+def test_heads_of_queries_are_counted_and_rotation_pairs_are_sizes_of_two() -> None:
+    report = inspect(Path(__file__).parent / "exports" / "families" / "text_llama_dynamo18_dyn.onnx")
+    assert [(site["heads"], site["qk_size"], site["v_size"]) for site in report.sites] == [(4, 8, 8)] * 2
+    pairs = [(group["size"], group["together"]) for group in report.groups if group["kind"] == "qk"]
+    assert pairs == [(4, 2)] * 2
 
 
 def test_an_analysis_can_be_inspected_again() -> None:
