@@ -38,12 +38,15 @@ class Recipe:
     fused: bool = False
 
 
-def build_swin(depths: tuple[int, ...]) -> nn.Module:
-    """timm's Swin: 4x4 windows, those of the second block of a stage shifted by two."""
+def build_swin(depths: tuple[int, ...], image: int, window: int) -> nn.Module:
+    """timm's Swin, whose windows are shifted in the second block of a stage.
+
+    Twelve places in a row are four windows of three, but six pairs to be merged.
+    """
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(
-        img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=depths,
+        img_size=image, patch_size=2, window_size=window, embed_dim=8, depths=depths,
         num_heads=(2, 2)[: len(depths)], mlp_ratio=2, num_classes=CLASSES,
     )  # fmt: skip
 
@@ -226,8 +229,8 @@ def build_maxvit_torchvision() -> nn.Module:
 
 
 RECIPES: dict[str, Recipe] = {
-    "swin_timm_shift": Recipe(partial(build_swin, (2,)), 16, "ts17"),
-    "swin_timm": Recipe(partial(build_swin, (2, 1)), 16, "dynamo18_dyn"),
+    "swin_timm_shift": Recipe(partial(build_swin, (2,), 16, 4), 16, "ts17"),
+    "swin_timm": Recipe(partial(build_swin, (2, 1), 24, 3), 24, "dynamo18_dyn"),
     "swin_torchvision_merge": Recipe(partial(build_swin_torchvision, [1, 1]), 16, "ts17"),
     "swin_torchvision": Recipe(partial(build_swin_torchvision, [2, 1]), 16, "dynamo18_dyn"),
     "swinv2_timm": Recipe(build_swin_v2, 16, "dynamo18_dyn"),

@@ -81,3 +81,29 @@ def test_solve_reports_each_clash_with_sizes_and_node() -> None:
     assert [clash.tie.node for clash in clashes] == ["bad"]
     assert clashes[0].reason == "sizes 2×3 and 3×2 do not factor alike"
     assert factors.atoms(("a", 0)) == factors.atoms(("c", 0))
+
+
+def test_what_does_not_factor_alike_leaves_the_rest_of_the_product_tied() -> None:
+    """An image in windows of 7 that is merged in blocks of 2: 56 = 8·7 = 28·2, in both directions."""
+    image = {("x", 0): 2, ("x", 1): 56, ("x", 2): 56, ("x", 3): 96}
+    windows = {("w", axis): size for axis, size in enumerate([2, 8, 7, 8, 7, 96])}
+    merged = {("m", axis): size for axis, size in enumerate([2, 28, 2, 28, 2, 96])}
+    ties = [Tie(tuple(image), tuple(windows), "windows"), Tie(tuple(image), tuple(merged), "merge")]
+    factors, clashes = solve(ties, {**image, **windows, **merged})
+    assert [clash.reason for clash in clashes] == ["sizes 8×7 and 28×2 do not factor alike"] * 2
+    assert factors.atoms(("m", 5)) == factors.atoms(("w", 5)) == factors.atoms(("x", 3))
+    assert factors.atoms(("m", 0)) == factors.atoms(("w", 0))
+    frozen = {atom for clash in clashes for atom in factors.current(clash.factors)}
+    assert frozen == set(factors.atoms([("x", 1), ("x", 2), *list(merged)[1:5]]))
+
+
+def test_stretches_end_where_both_products_have_the_same_size() -> None:
+    factors = Factors()
+    sizes = [2, 3, 4, 6, 4, 5, 20]
+    for index, size in enumerate(sizes):
+        factors.axis(("t", index), size)
+    a = [factors.atoms(("t", index))[0] for index in range(len(sizes))]
+    found = [(list(left), list(right)) for left, right in factors.stretches([a[0], a[1], a[2], a[5]], [a[3], a[6]])]
+    assert found == [([a[0], a[1]], [a[3]]), ([a[2], a[5]], [a[6]])]
+    assert list(factors.stretches([a[3]], [a[0], a[1]])) == [([a[3]], [a[0], a[1]])]
+    assert list(factors.stretches([], [])) == []

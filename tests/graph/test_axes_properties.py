@@ -82,7 +82,7 @@ def coordinates(factors: Factors, name: str, shape: tuple[int, ...]) -> dict[int
 def check(chain: Chain) -> int:
     """Compare every claim with the labels, except where sizes clash (those are frozen); the number of claims."""
     factors = chain.solve()
-    clashed = {atom for clash in chain.clashes for atom in factors.atoms([*clash.tie.left, *clash.tie.right])}
+    clashed = {atom for clash in chain.clashes for atom in factors.current(clash.factors)}
     claims = 0
     for name, by_source in chain.labels.items():
         here = coordinates(factors, name, chain.shape(name))
