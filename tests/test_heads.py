@@ -78,7 +78,7 @@ def test_what_is_fitted_is_better_than_what_is_only_cut(model: onnx.ModelProto) 
         ).record["agreement"]["kl"]
         for name in COMPENSATIONS
     ]
-    assert losses[1] < 0.5 * losses[0] and losses[2] < losses[1]
+    assert max(losses[1:]) < 0.5 * losses[0]
 
 
 def dead_heads(plain: onnx.ModelProto, dead: dict[int, list[int]], size: int = 8) -> onnx.ModelProto:

@@ -149,7 +149,7 @@ def refit_in_order(
             if not states:
                 return {}
             pairs = _taken(states)
-            give_back()  # every worker's memory is full of holes that only its own next branch would fill
+            give_back()
             if progress is not None:
                 progress(index + 1, len(branches))
     return sweep.found
@@ -188,46 +188,59 @@ class _Sweep:
         ahead = self._whole.step(index, [branch.stream, branch.other])
         network = self._local(branch)
         if network is not None:
-
-            def collect(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Tokens]:
-                number, (original, pruned) = item
-                original = ahead(original)
-                before, after = mapped(original[branch.other]), mapped(original[branch.stream])
-                rows = _rows(number, self._tokens // TOKENS)
-                return (original, pruned), network.tokens(before, after - before, rows)
-
-            passed, tokens = _unzipped(self._crew.map(collect, enumerate(states)))
-            if tokens:
-                self._take(network.fit(tokens))
-            states = _taken(passed)
+            states, ahead = self._fit_whole(network, branch, states, ahead, mapped), _same
         fit = _Fit(branch, self._narrow)
         every = self._tokens // (_ENOUGH * len(fit.weight))
         behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
 
-        def advance(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Joint]:
+        def advance(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Joint, int]:
             number, (original, pruned) = item
-            original, pruned = original if network is not None else ahead(original), behind(pruned)
-            return (original, pruned), fit.moments(pruned, mapped(original[branch.stream]), _rows(number, every))
+            original, pruned = ahead(original), behind(pruned)
+            wanted = mapped(original[branch.stream])
+            joint = fit.moments(pruned, wanted, _rows(number, every))
+            self._whole.forget(index, original)
+            return (original, pruned), joint, wanted.size // wanted.shape[-1]
 
-        moved = []
-        for state, joint in self._crew.map(advance, enumerate(states)):
+        moved, self._tokens = [], 0
+        for state, joint, tokens in self._crew.map(advance, enumerate(states)):
             moved.append(state)
             fit.joint.add(joint)
+            self._tokens += tokens
+        give_back()
         if not moved:
             return []
-        self._tokens = sum(original[branch.stream][..., 0].size for original, _ in moved)
         fit.solve(self.strength)
         self._take(fit.weights())
 
         def finish(state: tuple[State, State]) -> None:
-            original, pruned = state
-            fit.advance(pruned)
-            self._whole.forget(index, original)
-            self._cut.forget(index, pruned)
+            fit.advance(state[1])
+            self._cut.forget(index, state[1])
 
         for _ in self._crew.map(finish, moved):
             pass
         return moved
+
+    def _fit_whole(
+        self,
+        network: LocalFit,
+        branch: Branch,
+        states: Iterable[tuple[State, State]],
+        ahead: Callable[[State], State],
+        mapped: Callable[[np.ndarray], np.ndarray],
+    ) -> Iterator[tuple[State, State]]:
+        """Take the original past a feed-forward branch, fit the branch to it, and return the states."""
+
+        def collect(item: tuple[int, tuple[State, State]]) -> tuple[tuple[State, State], Tokens]:
+            number, (original, pruned) = item
+            original = ahead(original)
+            before, after = mapped(original[branch.other]), mapped(original[branch.stream])
+            return (original, pruned), network.tokens(before, after - before, _rows(number, self._tokens // TOKENS))
+
+        passed, tokens = _unzipped(self._crew.map(collect, enumerate(states)))
+        give_back()  # every worker's memory is full of holes that only its own next batch would fill
+        if tokens:
+            self._take(network.fit(tokens))
+        return _taken(passed)
 
     def _local(self, branch: Branch) -> LocalFit | None:
         """The fit of a feed-forward branch as a whole, if anything of it is cut."""
@@ -241,6 +254,10 @@ class _Sweep:
             self._narrow.weights[name] = array
             original = self._analysis.graph.weights[name]
             self.found[name] = _spread(array, original, name, self._analysis.dependencies, self._cuts)
+
+
+def _same(state: State) -> State:
+    return state
 
 
 def _unzipped(pairs: Iterable[tuple[Item, Other]]) -> tuple[list[Item], list[Other]]:

@@ -28,7 +28,7 @@ from onnxsnp.reconstruction.refit import RIDGE, solve_positive
 STEPS = 2
 DAMPING = 0.5  # of B, as a share of its mean diagonal; neurons depend on each other more than B says
 DAMPING_INPUTS = 1e-4  # of A
-_CHUNK = 2048  # tokens at a time
+_CHUNK = 1024  # tokens at a time
 _PROBE = 1e-2  # distance of the central difference, in units of u
 
 Activation = Callable[[Sequence[np.ndarray]], np.ndarray]
