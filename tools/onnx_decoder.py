@@ -123,14 +123,14 @@ def as_onnx(model: Decoder) -> onnx.ModelProto:
     """The decoder in ONNX, operator by operator, with a free batch."""
     w = _Writer(model)
     w.nodes.append(helper.make_node("Shape", ["input_ids"], ["batch"], name="batch", start=0, end=1))
-    sizes = w.constant("sizes", np.asarray([TOKENS, SIZE // 2]))
-    for table, held in (("cosine", model.cosine), ("sine", model.sine)):
-        w.constant(table, held.numpy()[None])
-        w.op("Expand", table, w.op("Concat", "batch", sizes, name=f"{table}/shape", axis=0), name=table)
+    shape = w.op("Concat", "batch", w.constant("tokens", np.asarray([TOKENS])), name="places/shape", axis=0)
+    places = w.op("Expand", w.constant("order", np.arange(TOKENS)[None]), shape, name="places")
 
     def attention(at: str, query: str, key: str, value: str) -> str:
-        query = w.op("RotaryEmbedding", query, "cosine.y", "sine.y", name=f"{at}/turned_query", num_heads=HEADS)
-        key = w.op("RotaryEmbedding", key, "cosine.y", "sine.y", name=f"{at}/turned_key", num_heads=SHARED)
+        held = {"cosine": model.cosine, "sine": model.sine}  # each layer has tables of its own
+        tables = *(w.constant(f"{at}.{name}", table.numpy()) for name, table in held.items()), places
+        query = w.op("RotaryEmbedding", query, *tables, name=f"{at}/turned_query", num_heads=HEADS)
+        key = w.op("RotaryEmbedding", key, *tables, name=f"{at}/turned_key", num_heads=SHARED)
         heads = {"q_num_heads": HEADS, "kv_num_heads": SHARED}
         return w.op("Attention", query, key, value, name=f"{at}/attention", is_causal=1, **heads)
 
