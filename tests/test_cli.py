@@ -281,7 +281,7 @@ def test_prune_help_teaches_the_choices(monkeypatch: pytest.MonkeyPatch) -> None
         "FILE:ENTRY",
         "refit",
         "optimal brain surgeon",
-        "generated images",
+        "generated inputs",
         "imagenet",
     ):
         assert word in text
