@@ -281,7 +281,7 @@ def test_prune_help_teaches_the_choices(monkeypatch: pytest.MonkeyPatch) -> None
         "FILE:ENTRY",
         "refit",
         "optimal brain surgeon",
-        "generated inputs",
+        "Default: generated",
         "imagenet",
     ):
         assert word in text
