@@ -15,6 +15,7 @@ from onnxsnp.graph.ir import Graph, Namer, subgraph_reads
 from onnxsnp.graph.probe import Probe
 
 _LOOKUPS = {"Gather", "GatherElements", "GatherND"}
+_PRODUCTS = {"Conv", "Einsum", "Gemm", "MatMul"}
 _NEVER = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
@@ -73,7 +74,8 @@ def _table_nodes(graph: Graph) -> dict[str, NodeProto]:
     whole = {name for name, kind in kinds.items() if kind in "iub"}
     whole |= {name for name, array in graph.weights.items() if array.dtype.kind in "iub"}
     scalars = {name for name, array in graph.weights.items() if array.size == 1}
-    vectors = {name for name, array in graph.weights.items() if array.size == max(array.shape, default=1)} - whole
+    vectors = {name for name, array in graph.weights.items() if name not in whole | scalars}
+    matrices = {name for name, array in graph.weights.items() if array.size > max(array.shape, default=1)}
     plain, tables = whole | scalars, set[str]()
     found: dict[str, NodeProto] = {}
     for node in graph.nodes:
@@ -82,6 +84,8 @@ def _table_nodes(graph: Graph) -> dict[str, NodeProto]:
             plain.update(node.output)
         elif node.op_type in _NEVER or subgraph_reads(node) or not reads:
             continue
+        elif node.op_type in _PRODUCTS and matrices.intersection(reads):
+            continue  # a layer that reads positions, such as queries that a decoder learned, is no table
         elif all(name in plain for name in reads):
             plain.update(node.output)
         elif node.op_type not in _LOOKUPS and all(name in plain or name in tables or name in vectors for name in reads):
