@@ -309,17 +309,11 @@ class _Run:
         """Widths from error curves and measured sensitivities."""
         options = self.options
         scoped = self._scoped(analysis)
-        curves = selector.curves([group for group in scoped if group.kind != "residual"])
-        groups = [group for group in scoped if group.kind == "residual" or group.id in curves]
-        if not curves or loss is None:
-            why = "too few samples to measure sensitivities" if curves else "no group has an error curve"
-            self.notes.append(f"{why}: one ratio for all groups")
+        if loss is None:
+            self.notes.append("too few samples to measure sensitivities: one ratio for all groups")
             return self._counts(analysis)
-        whole = [group.id for group in scoped if group not in groups]
-        if whole:
-            self.notes.append(f"{', '.join(whole)}: no error curve, so automatic allocation leaves them whole")
         found = allocate(
-            groups,
+            scoped,
             analysis.cost,
             options.ratio or 0.0,
             options.of,

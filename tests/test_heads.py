@@ -199,11 +199,12 @@ def test_any_layout_loses_heads(options: dict[str, Any], compensation: str) -> N
     assert [analyse_model(found.model).groups[f"head.{block}"].size for block in range(3)] == [3] * 3
 
 
-def test_what_automatic_allocation_cannot_judge_stays_whole_and_is_named() -> None:
-    model = graphs.grouped(keys=4, queries=3, qk=6, v=8, width=24)  # shared values are not rotated, so have no curve
-    found = pruned(model, 0.2, scope="head,qk,v")
-    assert "v.0" not in left(found) and left(found).keys() <= {"head.0", "qk.0"}
-    assert any(note.startswith("v.0: no error curve") for note in found.record["notes"])
+def test_values_that_are_shared_and_have_no_closed_form_take_part_in_automatic_allocation() -> None:
+    model = graphs.grouped(keys=4, queries=3, qk=6, v=8, width=24)
+    found = pruned(model, 0.2, scope="v")
+    assert left(found)["v.0"] < 8
+    assert found.record["allocation"]["sensitivity"]["v.0"] > 0
+    assert not any("curve" in note for note in found.record["notes"])
 
 
 @pytest.mark.parametrize("compensation", COMPENSATIONS)

@@ -1,9 +1,11 @@
 """Automatic allocation: widths that lose least for the cost they save (METHODS 2.6).
 
-Every group has an error curve from the closed forms. Its scale, what such an error means for the model's output, is
-measured by cutting the group alone, and steadied by what its neighbours say. The knapsack over these curves is the
-answer; whole heads and the widths inside them are one item of it (`sites`). Residual streams are read by everything;
-how wide they stay is tried out, each time with the knapsack's answer for the rest.
+Nearly every group has an error curve from the closed forms. Its scale, what such an error means for the model's output,
+is measured by cutting the group alone, and steadied by what its neighbours say. Where no closed form applies (pairs
+that rotary positions turn, values that are shared), the group is cut alone at a few widths, and its curve goes through
+what that loses. The knapsack over these curves is the answer; whole heads and the widths inside them are one item of it
+(`sites`). Residual streams are read by everything; how wide they stay is tried out, each time with the knapsack's
+answer for the rest.
 
 Refining the knapsack's answer on the joint loss of whole plans was tried and does harm: it lowers the loss of the
 one-shot weights, but what is left after the sequential refit grows. Steadying the sensitivities helps both.
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
@@ -30,6 +33,7 @@ REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity
 NOTHING = 3e-5  # share of the error of a single neuron below which a width counts as lossless
 _TRUST = 0.5  # of a group's own sensitivity against the trend over the depth of the network
 _TREND = 5  # groups of a kind from which on there is a trend
+_LEVELS = (0.3, 0.55, 0.8)  # shares that stay when a group without an error curve is measured
 _FIRST = 0.08  # of a residual stream: how much narrower it is tried first
 WORTH = 0.85  # what a narrower stream must lower the loss to: the sequential refit makes up less for it than for others
 _WIDTHS = 6  # widths of a residual stream that are tried at most
@@ -100,7 +104,7 @@ class _Search:
     """The state of an allocation: what was measured of each group, and the best plan so far.
 
     Attributes:
-        known: groups with an error curve; the knapsack chooses their widths.
+        known: all groups but streams; the knapsack chooses their widths.
         streams: residual streams. Everything reads them, so their widths are tried out, and what is left of the budget
             is the knapsack's.
         found: the answer so far.
@@ -120,24 +124,42 @@ class _Search:
         self._cost, self._share, self._what, self._multiple = cost, share, what, multiple
         self._selector, self._loss, self._progress = selector, loss, progress
         self.streams = [group for group in groups if group.kind == "residual"]
-        self._curves = selector.curves([group for group in groups if group.kind != "residual"])
-        self.known = [group for group in groups if group.id in self._curves]
+        self.known = [group for group in groups if group.kind != "residual"]
+        self._curves = selector.curves(self.known)
         self._scale: dict[str, float] = {}
-        self._done, self._total = 0, len(self.known) + 1 + _WIDTHS * len(self.streams)
+        alone = sum(1 if group.id in self._curves else len(measured_at(group.size)) for group in self.known)
+        self._done, self._total = 0, alone + 1 + _WIDTHS * len(self.streams)
         self._streams: dict[str, int] = {}
         self.found = Allocation({})
 
     def measure_alone(self) -> None:
-        """Cut every group alone, and scale its error curve to the loss that this makes."""
-        for group in self.known:
+        """Cut every group alone, and scale its error curve to the loss that this makes.
+
+        The curve of a group for which no closed form gives one is what it loses at a few widths.
+        """
+        closed = [group for group in self.known if group.id in self._curves]
+        for group in closed:
             curve = self._curves[group.id]
             kept = _probed(curve)
             alone = self._measured({group.id: kept}, ALONE)
             self.found.sensitivity[group.id] = alone
             self._scale[group.id] = alone / max(float(curve[kept]), np.finfo(np.float64).tiny)
-        for kind in {group.kind for group in self.known}:
-            names = [group.id for group in self.known if group.kind == kind]
+        for kind in {group.kind for group in closed}:
+            names = [group.id for group in closed if group.kind == kind]
             self._scale.update(zip(names, steadied([self._scale[name] for name in names]), strict=True))
+        for group in self.known:
+            if group.id not in self._curves:
+                self._curves[group.id] = self._measured_curve(group)
+                self._scale[group.id] = 1.0
+
+    def _measured_curve(self, group: Group) -> np.ndarray:
+        """Loss by width of a group that is cut alone, [size + 1]; nan without neurons, since one has to stay."""
+        widths = measured_at(group.size)
+        losses = [self._measured({group.id: kept}, ALONE) for kept in widths]
+        if widths:
+            wanted = round(group.size * (1 - REMOVED))
+            self.found.sensitivity[group.id] = losses[int(np.argmin([abs(kept - wanted) for kept in widths]))]
+        return through(group.size, widths, losses)
 
     def start(self) -> None:
         """The knapsack's answer, with streams as wide as the budget lets them be."""
@@ -232,6 +254,26 @@ class _Search:
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
         return value
+
+
+def measured_at(size: int) -> list[int]:
+    """The widths, in ascending order, at which a group without an error curve is measured."""
+    return sorted({max(1, round(size * share)) for share in (0, *_LEVELS)} - {size})
+
+
+def through(size: int, widths: Sequence[int], losses: Sequence[float]) -> np.ndarray:
+    """A curve through measured losses, [size + 1]: no loss at full width, never less at a smaller one.
+
+    Args:
+        widths: from 1 on, ascending, all below `size`.
+    """
+    curve = np.full(size + 1, np.nan)
+    known = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]
+    if not widths:
+        curve[size] = 0.0
+        return curve
+    curve[1:] = PchipInterpolator([*widths, size], known)(np.arange(1, size + 1))  # monotone between its points
+    return curve
 
 
 def _rounded(width: float, multiple: int) -> int:

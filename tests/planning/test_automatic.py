@@ -27,7 +27,9 @@ from onnxsnp.planning.automatic import (
     _item,
     allocate,
     knapsack,
+    measured_at,
     steadied,
+    through,
 )
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector, requirements
@@ -300,6 +302,41 @@ def test_where_single_losses_add_up_the_knapsack_is_the_answer() -> None:
 
     found, _ = run(groups, costs, curves, loss, 0.4)
     assert found.loss == pytest.approx(brute(curves, costs, spent(costs, found.counts)))
+
+
+def test_a_group_without_a_closed_form_is_measured_at_a_few_widths_and_cut_by_what_that_says() -> None:
+    costs = Costs([2.0] * 3, [10, 8, 12])
+    groups, curves, _ = problem(4, costs, kinds=("qk", "v", "ffn"))
+    known = {one.id: curve for one, curve in zip(groups, curves, strict=True)}
+    selector: Any = Curves({**known, groups[1].id: None})
+    asked: list[dict[str, int]] = []
+
+    def loss(entries: dict[str, int], samples: int | None) -> float:
+        asked.append(entries)
+        return lost(curves, entries)
+
+    cost: Any = costs
+    found = allocate(groups, cost, 0.4, "macs", 1, selector, loss)  # type: ignore[arg-type]
+    assert [entry[groups[1].id] for entry in asked if entry.keys() == {groups[1].id}] == measured_at(8) == [1, 2, 4, 6]
+    assert spent(costs, found.counts) <= 0.6 * costs.total("macs")
+    assert found.loss <= 1.3 * brute(curves, costs, spent(costs, found.counts))
+    assert found.sensitivity[groups[1].id] == lost(curves, {groups[1].id: 4})
+
+
+def test_a_measured_curve_goes_through_its_points_and_never_loses_less_with_fewer_neurons() -> None:
+    curve = through(10, [1, 3, 6, 8], [5.0, 2.0, 2.5, 0.5])  # measurements are noisy
+    assert np.isnan(curve[0]) and len(curve) == 11
+    assert curve[[1, 6, 8, 10]].tolist() == [5.0, 2.5, 0.5, 0.0]
+    assert curve[3] == 2.5  # raised to what fewer cut neurons lose
+    assert (np.diff(curve[1:]) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_groups_are_measured_at_what_widths_there_are(size: int) -> None:
+    widths = measured_at(size)
+    assert widths == list(range(1, size))
+    curve = through(size, widths, [1.0 / kept for kept in widths])
+    assert curve[size] == 0.0 and np.isfinite(curve[1:]).all()
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-7])
