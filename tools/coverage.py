@@ -1,8 +1,8 @@
 """What is found, cut and left alone in the small exports of tests/exports, as a Markdown table.
 
-For each file: its attention sites; for each kind how many groups can be cut of how many there are; the largest
-difference of the outputs between the cut model and the masked original (relative to the largest output, random keep
-sets in every group that can be cut, all at once); and the reasons why something is left alone.
+For each file: its attention sites; the kinds of groups that can be cut, with how many of how many where not all can;
+the largest difference of the outputs between the cut model and the masked original (relative to the largest output,
+random keep sets in every group that can be cut, all at once); and the reasons why something is left alone.
 
 Run: python tools/coverage.py [FILE.onnx ...]
 """
@@ -31,6 +31,7 @@ from onnxsnp.surgery.apply import apply
 
 EXPORTS = Path(__file__).resolve().parent.parent / "tests" / "exports"
 KINDS = ("qk", "v", "head", "ffn", "channel", "residual")
+_NODES = re.compile(r" \(at [^)]*\)|^[\w.]+: |^the width \d+ of '[^']*': ")  # where a reason names nodes
 LEAST = {"residual": 3}  # a layer normalisation over one channel gives nothing but round-off
 
 
@@ -57,7 +58,21 @@ class Row:
 
     def outcome(self) -> tuple[object, ...]:
         """What two exports of one architecture have in common when they are treated alike."""
-        return self.sites, tuple(self.cut.items()), tuple(self.found.items()), self.reasons
+        return self.sites, tuple(self.cut.items()), tuple(self.found.items()), self.why()
+
+    def kinds(self) -> str:
+        """What can be cut."""
+        parts = [
+            kind if self.cut[kind] == self.found[kind] else f"{kind} {self.cut[kind]}/{self.found[kind]}"
+            for kind in KINDS
+            if self.cut[kind]
+        ]
+        return ", ".join(parts) or "–"
+
+    def why(self) -> str:
+        """The reasons, without the nodes."""
+        plain = (_NODES.sub("", reason) for reason in self.reasons)
+        return "; ".join(dict.fromkeys(plain)) or "–"
 
 
 def measure(path: Path) -> Row:
@@ -111,18 +126,13 @@ def table(rows: Sequence[Row]) -> str:
     merged: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         merged.setdefault((row.source, *row.outcome()), []).append(row)
-    lines = [f"| architecture | exporters | sites | {' | '.join(KINDS)} | error | left alone, and why |"]
-    lines.append("|" + "---|" * (len(KINDS) + 5))
+    lines = ["| architecture | exporters | sites | cut | error | left alone, and why |", "|---|---|---|---|---|---|"]
     for same in merged.values():
         first = same[0]
         errors = [row.error for row in same if row.error is not None]
-        kinds = [
-            "" if not first.found[kind] else f"{first.cut[kind]}/{first.found[kind]}" for kind in KINDS
-        ]
         exporters = ", ".join(dict.fromkeys(row.exporter for row in same))
         error = f"{max(errors):.0e}" if errors else "–"
-        reasons = dict.fromkeys(re.sub(r" \(at [^)]*\)", "", reason) for reason in first.reasons)
-        cells = [first.source, exporters, str(first.sites), *kinds, error, "; ".join(reasons) or "–"]
+        cells = [first.source, exporters, str(first.sites), first.kinds(), error, first.why()]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -19,7 +19,8 @@ def test_a_row_has_the_groups_their_error_and_the_reasons() -> None:
     assert row.error is not None and 0 < row.error < 1e-4
     assert any("put together by Concat" in reason for reason in row.reasons)
     text = tool.table([row])
-    assert "3/4" in text and "put together by Concat" in text and "(at" not in text
+    assert "qk, v, head, ffn, channel, residual 3/4" in text
+    assert "put together by Concat" in text and "(at" not in text
 
 
 def test_a_quantised_model_has_no_error_but_a_reason() -> None:
