@@ -34,7 +34,8 @@ from onnxsnp.graph.probabilities import AttentionPath
 from onnxsnp.graph.quantised import describe
 from onnxsnp.model import Model, check_output, give_back
 from onnxsnp.options import Options
-from onnxsnp.planning import allocation as allocating
+from onnxsnp.planning import scope
+from onnxsnp.planning.allocation import off_target
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.latency import measure_table, table_for
@@ -146,11 +147,13 @@ class _Run:
         if plan is None and self.options.allocation == "auto" and self.options.of == "latency":
             analysis = self._with_latency(analysis)
         with _advised(analysis):
-            counts = None if plan is not None or self._automatic(analysis) else self._counts(analysis)
+            open_widths = plan is None and scope.automatic(self.options, analysis)
+            counts = None if open_widths or plan is not None else scope.counts(self.options, analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
         data = self._data(analysis)
-        statistics, rest, sample = self._calibrate(analysis, data, self._to_cut(analysis, plan, counts), plan)
+        cut = scope.to_cut(self.options, analysis, plan, counts)
+        statistics, rest, sample = self._calibrate(analysis, data, cut, plan)
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
         third = len(rest) * self._tuning // (self._tuning + self._judging)
         unseen, held = rest[:third], rest[third:]
@@ -207,7 +210,7 @@ class _Run:
 
     def _with_latency(self, analysis: Analysis) -> Analysis:
         """The analysis with the measured latency of its layers in its cost model."""
-        options, groups = self.options, self._scoped(analysis)
+        options, groups = self.options, scope.scoped(self.options, analysis)
 
         def measure() -> LatencyTable:
             return measure_table(
@@ -225,25 +228,6 @@ class _Run:
         give_back()
         return replace(analysis, cost=replace(analysis.cost, latency=latency))
 
-    def _scoped(self, analysis: Analysis) -> list[Group]:
-        """The groups that may be cut."""
-        options = self.options
-        if options.scope is not None:
-            scope = allocating.parse_scope(options.scope)
-        else:
-            scope = allocating.SCOPES if self._from_file else allocating.DEFAULT_SCOPE
-        groups = [group for group in analysis.structure.groups if group.kind in scope and group.prunable]
-        if not groups:
-            raise PlanError(
-                f"the model has nothing to cut in scope {','.join(scope)}",
-                hint="onnxsnp inspect lists its groups and the reasons",
-            )
-        return groups
-
-    @property
-    def _from_file(self) -> bool:
-        return self.options.allocation not in ("auto", "uniform")
-
     @property
     def _judging(self) -> int:
         return _JUDGING // (2 if self.options.compensation == "none" else 1)
@@ -252,36 +236,6 @@ class _Run:
     def _tuning(self) -> int:
         """As many with a given plan as without, so that both see the same data."""
         return _TUNING if self.options.compensation == "full" else 0
-
-    def _automatic(self, analysis: Analysis) -> bool:
-        """Whether widths are found from error curves; these exist with full compensation, for attention and FFN."""
-        options = self.options
-        if options.allocation != "auto" or options.compensation != "full" or not options.ratio:
-            return False
-        kinds = {group.kind for group in self._scoped(analysis)}
-        if kinds == {"residual"}:
-            return False  # one width, so nothing to allocate
-        if kinds <= {"qk", "v", "ffn", "head", "residual"}:
-            return True
-        self.notes.append("the scope holds groups without error curves: one ratio for all of them")
-        return False
-
-    def _counts(self, analysis: Analysis) -> dict[str, int]:
-        """Kept neurons by group id, for allocations that need no measurement."""
-        options, groups = self.options, self._scoped(analysis)
-        if self._from_file:
-            return allocating.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
-        if options.allocation == "uniform":
-            return allocating.uniform(groups, options.ratio or 0.0, options.multiple_of)
-        return allocating.to_cost(groups, analysis.cost, options.ratio or 0.0, options.of, options.multiple_of)
-
-    def _to_cut(self, analysis: Analysis, plan: Plan | None, counts: Mapping[str, int] | None) -> list[Group]:
-        """The groups about which something has to be known."""
-        if plan is not None:
-            counts = {entry.id: entry.kept for entry in plan.groups}
-        if counts is None:
-            return self._scoped(analysis)
-        return [analysis.groups[name] for name, kept in counts.items() if kept < analysis.groups[name].size]
 
     def _make_plan(
         self,
@@ -300,7 +254,7 @@ class _Run:
             with self.stage("allocate"):
                 counts = self._allocate(analysis, selector, loss)
         if options.allocation == "auto":
-            note = allocating.off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
+            note = off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
             self.notes.extend([note] if note else [])
         with self.stage("score"):
             return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
@@ -308,10 +262,10 @@ class _Run:
     def _allocate(self, analysis: Analysis, selector: Selector, loss: Loss | None) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
         options = self.options
-        scoped = self._scoped(analysis)
+        scoped = scope.scoped(self.options, analysis)
         if loss is None:
             self.notes.append("too few samples to measure sensitivities: one ratio for all groups")
-            return self._counts(analysis)
+            return scope.counts(self.options, analysis)
         found = allocate(
             scoped,
             analysis.cost,

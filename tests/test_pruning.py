@@ -407,3 +407,11 @@ def test_initializers_that_are_listed_as_inputs_stay_out_of_the_way() -> None:
     found = pruned(model, 0.25, allocation="uniform")
     assert found.model is not None and found.record["verification"]["passed"]
     np.testing.assert_array_equal(outputs(found.model).shape, (5, 3))
+
+
+def test_automatic_allocation_measures_kinds_without_closed_forms() -> None:
+    name = Path(__file__).resolve().parent / "exports" / "families" / "levit_timm_ts17_dyn.onnx"
+    found = prune(name, 0.5, scope="qk,v,ffn,head,channel,residual", samples=16, threads=1, latency=False)
+    assert found.record["verification"]["passed"]
+    assert found.record["after"]["macs"] == pytest.approx(0.5 * found.record["before"]["macs"], rel=0.02)
+    assert any(group.startswith("channel") for group in found.record["allocation"]["sensitivity"])
