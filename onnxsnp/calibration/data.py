@@ -296,7 +296,10 @@ def _target(
     spec = image_spec(specs)
     if spec is None:
         listed = ", ".join(str(one) for one in specs)
-        raise DataError(f"{path} holds images, but the model takes {listed}", hint="give an .npz with these arrays")
+        raise DataError(
+            f"{path} can only hold images, but the model takes {listed}",
+            hint="give an .npz with these arrays, or a folder with one .npy for each",
+        )
     return image_target(spec, preprocess, sizes)
 
 

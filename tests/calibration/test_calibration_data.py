@@ -110,7 +110,7 @@ def test_a_folder_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
         open_dataset(tmp_path / "c", PIXELS)
     with pytest.raises(DataError, match="not a folder"):
         open_dataset(write_tree(tmp_path / "e", {"x.txt": b""}) / "x.txt", PIXELS)
-    with pytest.raises(DataError, match="holds images, but the model takes ids"):
+    with pytest.raises(DataError, match="can only hold images, but the model takes ids"):
         open_dataset(tmp_path / "b", [spec("N", "S", dtype="int64", name="ids")])
 
 
