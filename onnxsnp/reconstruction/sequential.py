@@ -135,8 +135,8 @@ def refit_in_order(
         New weights and biases by name, in their original shapes, zero where something is cut; only those that changed.
     """
     graph = analysis.graph
-    shared = graph.origin.keys() | set(graph.origin.values())  # refitted apart, they would take up more room
-    linears = {name: one for name, one in analysis.linears.items() if not {one.weight, one.bias} & shared}
+    shared = graph.origin.keys() | set(graph.origin.values())  # matrices refitted apart would take up more room
+    linears = {name: one for name, one in analysis.linears.items() if one.weight not in shared}
     branches = find_branches(graph, analysis.dependencies, linears)
     if not branches:
         return {}

@@ -64,7 +64,7 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"note: {record['skipped']} unreadable calibration files were skipped", style="yellow")
     for step in record.get("steps", []):
         if step["kept"]:
-            change = f"loss on unseen samples {step['before']:.4f} → {step['after']:.4f}"
+            change = f"loss on unseen samples {step['before']:.4g} → {step['after']:.4g}"
             console.print(Text(f"{step['name']}: {change}"), highlight=False)
     for note in record["notes"]:
         console.print(Text(f"note: {note}"), style="yellow", highlight=False)

@@ -411,3 +411,13 @@ def test_weights_that_branches_share_stay_shared() -> None:
     plan = Plan("", [graphs.keeping(one, [range(6)]) for one in analysis.structure.groups if one.kind == "ffn"])
     assert len(plan.groups) == 2  # of the two networks with the shared layer one
     assert refit(analysis, plan, {}, [graphs.inputs_for(model, 32)]).keys() == {"own"}
+
+
+def test_biases_that_are_one_tensor_do_not_keep_projections_from_their_refit() -> None:
+    path = FOLDER / "timm_fresh_eager_ts17_dyn.onnx"  # fresh: every bias is zero, and the exporter kept one of them
+    rng = np.random.default_rng(0)
+    feeds = [{"image": rng.standard_normal((4, 3, 16, 16)).astype(np.float32)} for _ in range(4)]
+    analysis = analyse_model(path)
+    projections = {one.weight for one in analysis.linears.values() if one.bias in analysis.graph.origin}
+    found = refit(analysis, half(analysis), {}, feeds)
+    assert projections & found.keys()
