@@ -7,6 +7,7 @@ from pathlib import Path
 
 import graphs
 import numpy as np
+import onnx
 import pytest
 
 import onnxsnp
@@ -79,3 +80,13 @@ def test_token_models_are_analysed_without_being_told_their_sizes() -> None:
     net.output(net.linear(h, "out", 8, 3), ["N", "S", 3])
     found = {group.id: (group.size, group.prunable) for group in analyse_model(net.proto()).structure.groups}
     assert found == {"residual": (8, True), "ffn.0": (16, True)}
+
+
+def test_an_output_that_is_a_weight_no_node_reads_is_left_alone() -> None:
+    model = graphs.transformer()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((3, 5), np.float32), "table"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("table", onnx.TensorProto.FLOAT, [3, 5]))
+    plain, found = analyse_model(graphs.transformer()).structure, analyse_model(model).structure
+    assert [(group.id, group.size, group.prunable) for group in found.groups if group.prunable] == [
+        (group.id, group.size, group.prunable) for group in plain.groups if group.prunable
+    ]

@@ -73,7 +73,7 @@ def analyse(graph: Graph, shapes: dict[str, tuple[int, ...]], blocks: frozenset[
     used = {name for name in reads if name}
     sizes: dict[Axis, int] = {
         (name, index): size
-        for name in [*graph.inputs, *sorted(used)]
+        for name in [*graph.inputs, *sorted(used.union(graph.outputs))]  # an output may be a weight that no node reads
         for index, size in enumerate(shapes.get(name, ()))
     }
     sizes.update(facts.virtual)

@@ -84,7 +84,10 @@ def _rows(node: NodeProto, graph: Graph, producers: Mapping[str, NodeProto]) -> 
     while name in producers and producers[name].op_type in ("Cast", "DequantizeLinear", "Identity"):
         name = producers[name].input[0]
     table = graph.weights.get(name)
-    return None if table is None or not table.ndim else int(table.shape[attribute(node, "axis", 0)])
+    axis = attribute(node, "axis", 0)
+    if table is None or not -table.ndim <= axis < table.ndim:
+        return None
+    return int(table.shape[axis])
 
 
 def _handed_on(node: NodeProto, slot: int, graph: Graph) -> int | None:

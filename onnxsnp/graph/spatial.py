@@ -62,6 +62,7 @@ def pool(node: NodeProto, facts: Facts) -> None:
 
 
 def pad(node: NodeProto, facts: Facts) -> None:
+    """An axis that gets nothing in front or behind stays; the others keep their size."""
     data, output = node.input[0], node.output[0]
     rank = facts.rank(data)
     named = len(node.input) > 3 and node.input[3]

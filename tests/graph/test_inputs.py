@@ -63,3 +63,10 @@ def test_the_smallest_of_several_tables_counts() -> None:
 
 def test_a_table_of_one_row_is_measured_with_the_one_id_it_has() -> None:
     assert probe(as_graph(load(looked_up(rows=1)))).shapes["ids"] == (2, 16)
+
+
+@pytest.mark.parametrize("axis", [2, -3, -(2**63)])
+def test_a_table_without_the_axis_that_is_asked_for_gives_no_bound(axis: int) -> None:
+    graph = as_graph(load(looked_up()))
+    next(node for node in graph.nodes if node.op_type == "Gather").attribute[0].i = axis
+    assert id_bounds(graph) == {}
