@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,9 @@ def _read(path: Path) -> Target:
         if missing:
             raise PlanError(f"the target {path} lacks '{missing[0]}'", hint='give it, or base = "jetson-orin"')
     start = BUILT_IN[base] if base else Target(path.stem, f"from {path.name}", (0,), 0)
-    values = {key: _CHECKS[key](value, f"'{key}' of the target {path}") for key, value in data.items()}
-    return replace(start, **({"name": path.stem, "about": f"from {path.name}"} | values))
+    values: dict[str, Any] = {"name": path.stem, "about": f"from {path.name}"}
+    values |= {key: _CHECKS[key](value, f"'{key}' of the target {path}") for key, value in data.items()}
+    return replace(start, **values)
 
 
 def _version(text: str) -> Version:
@@ -193,7 +194,7 @@ def _as_runtime(value: Any, where: str) -> str:
     return str(value)
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "name": _as_text,
     "about": _as_text,
     "tensorrt": _as_tensorrt,
