@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, whenever the program is stopped."""
+"""Files and folders that appear whole or not at all, whenever the program is stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,42 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Write into a hidden folder beside `path`, which takes its place only if the block ends without an error.
+
+    What was there before is removed once the new folder is in its place, and comes back if that fails.
+
+    Raises:
+        ModelError: the parent is missing or cannot be written to, or the disk is full.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ModelError(f"output folder does not exist: {target.parent}", hint="create it first")
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write into {target.parent}: {error.strerror}", hint="choose another output with -o"
+        ) from error
+    try:
+        part, old = work / "new", work / "old"
+        part.mkdir()
+        yield part
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(part, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror or error}", hint="nothing was left behind") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _begin(target: Path) -> tuple[Path, int | None]:

@@ -43,3 +43,7 @@ class PlanError(OnnxSnpError):
 
 class VerificationError(OnnxSnpError):
     """The rewritten model did not prove equal to what the plan says; nothing was written."""
+
+
+class DeviceError(OnnxSnpError):
+    """A device cannot be reached, or what was to be built or measured on it was not."""
