@@ -20,7 +20,7 @@ from onnxsnp.graph.dependency import Dependencies, Place
 from onnxsnp.graph.facts import Freeze
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.quantised import said_once
-from onnxsnp.graph.silence import is_silent
+from onnxsnp.graph.silence import divisor, is_silent
 from onnxsnp.graph.spatial import is_pointwise
 from onnxsnp.graph.stacks import above
 from onnxsnp.graph.unpruned import Products
@@ -356,12 +356,12 @@ class _Finder:
 
     def _divides(self, atom: int) -> list[str]:
         """Divisions by what is computed and zero for cut neurons, such as probabilities by their sum."""
-        divisors = [(node.name, node.input[1]) for node in self.graph.nodes if node.op_type == "Div"]
+        divisors = [(node.name, divisor(node, self.graph.weights)) for node in self.graph.nodes]
         return [
             node
-            for node, divisor in divisors
-            if divisor not in self.graph.weights and atom in self._tensor_atoms(divisor)
-            if is_silent(divisor, atom, self.graph, self.deps)
+            for node, name in divisors
+            if name is not None and name not in self.graph.weights and atom in self._tensor_atoms(name)
+            if is_silent(name, atom, self.graph, self.deps)
         ]
 
     def _heard(self, atom: int) -> list[str]:

@@ -16,6 +16,7 @@ from onnxsnp.graph import products, spatial
 from onnxsnp.graph.blocks import tie_blocks
 from onnxsnp.graph.facts import Concatenation, Facts, Role, Select, axes_of
 from onnxsnp.graph.ir import attribute, subgraph_reads
+from onnxsnp.graph.sizes import sizes_in_numbers
 
 Rule = Callable[[NodeProto, Facts], None]
 
@@ -49,6 +50,8 @@ def gather_facts(
             facts.freeze_all([*node.input, *node.output, *captured], reason)
         else:
             rule(node, facts)
+    for facts.node, axis in sizes_in_numbers(nodes, shapes, weights):
+        facts.freeze(axis, "its size is part of a number that is computed")
     for kind, names in (("input", inputs), ("output", outputs)):
         for name in names:
             facts.node = f"{kind} {name}"
@@ -365,7 +368,7 @@ def _concat(node: NodeProto, facts: Facts) -> None:
 
 
 def _reads_sizes(node: NodeProto, facts: Facts) -> None:
-    """Shape reads sizes, not indices; sizes that matter have been folded to constants before."""
+    """Shape reads sizes, not indices; sizes that matter were folded to constants, or are frozen (see `sizes`)."""
 
 
 def _filled(node: NodeProto, facts: Facts) -> None:

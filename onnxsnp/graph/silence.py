@@ -7,6 +7,9 @@ an operator such as exp, which makes one of zero, it does not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 from onnx import NodeProto
 
 from onnxsnp.graph.dependency import Dependencies
@@ -31,6 +34,18 @@ def is_silent(tensor: str, atom: int, graph: Graph, dependencies: Dependencies) 
         for name in node.output:
             search.silent(name)
     return search.silent(tensor)
+
+
+def divisor(node: NodeProto, weights: Mapping[str, np.ndarray]) -> str | None:
+    """The operand of which an operator takes the inverse, a remainder or the logarithm, so that it must not be zero."""
+    if node.op_type in ("Div", "Mod"):
+        return node.input[1]
+    if node.op_type in ("Reciprocal", "Log"):
+        return node.input[0]
+    if node.op_type == "Pow":
+        power = weights.get(node.input[1])
+        return node.input[0] if power is None or bool((power < 0).any()) else None
+    return None
 
 
 class _Search:
@@ -60,7 +75,8 @@ class _Search:
             return all(self.silent(name) for name in node.input)
         if node.op_type == "Pow":
             power = self._graph.weights.get(node.input[1])
-            return power is not None and bool((power > 0).all()) and self.silent(node.input[0])
+            known = power is not None and not self._carries(node.input[1]) and bool((power > 0).all())
+            return known and self.silent(node.input[0])
         if node.op_type == "Mul":
             return any(self.silent(name) for name in node.input)
         if node.op_type in _BY_CHANNEL:

@@ -21,6 +21,7 @@ def conv(node: NodeProto, facts: Facts) -> None:
             facts.same((data, index), (output, index))
         else:
             facts.freeze((data, index), "spatial axis of a convolution")
+            facts.freeze((weight, index), "kernel of a convolution")
     if weight not in facts.weights:
         facts.freeze_all([data, weight, output], "convolution with a computed kernel")
     elif group == 1:
@@ -31,6 +32,7 @@ def conv(node: NodeProto, facts: Facts) -> None:
     else:
         facts.freeze((data, 1), f"input of a convolution in {group} groups")
         facts.freeze((weight, 0), f"output of a convolution in {group} groups")
+        facts.freeze((weight, 1), f"input of a convolution in {group} groups")
     facts.same((weight, 0), (output, 1))
     if len(node.input) > 2 and node.input[2]:
         facts.same((node.input[2], 0), (output, 1))

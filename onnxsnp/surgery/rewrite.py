@@ -14,6 +14,7 @@ from onnx import NodeProto, helper
 
 from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.ir import Graph, Namer, attribute, set_attribute
+from onnxsnp.graph.silence import divisor
 from onnxsnp.graph.stacks import bottom_up
 
 
@@ -149,7 +150,7 @@ def mask_weights(
     Args:
         updates: weights that replace the graph's own first (a refit), in their original shapes.
     """
-    divisors = {node.input[1] for node in graph.nodes if node.op_type == "Div"}
+    divisors = {divisor(node, graph.weights) for node in graph.nodes}
     weights = dict(updates)
     cuts = spread(dependencies, cuts)
     for name in graph.weights.keys() - divisors:
@@ -300,12 +301,8 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
     for place in [*sorted(changed), end]:
         stop = place if place is not None else 2**31 - 1
         if stop > start:
-            bounds = []
-            for value in (start, stop):
-                bounds.append(namer(f"{node.name}.bound"))
-                graph.weights[bounds[-1]] = np.asarray([value], np.int64)
             pieces.append(namer(f"{node.name}.sizes"))
-            extra.append(helper.make_node("Slice", [shape, *bounds], [pieces[-1]], name=pieces[-1]))
+            extra.append(_part(shape, start, stop, pieces[-1], graph, namer))
         if place is not None:
             pieces.append(namer(f"{node.name}.size"))
             graph.weights[pieces[-1]] = np.asarray([changed[place]], np.int64)
@@ -314,6 +311,17 @@ def _pin(node: NodeProto, graph: Graph, changed: Mapping[int, int], namer: Namer
     extra.append(helper.make_node("Concat", pieces, [joined], name=joined, axis=0))
     node.input[slot] = joined
     return extra
+
+
+def _part(shape: str, start: int, stop: int, name: str, graph: Graph, namer: Namer) -> NodeProto:
+    """A Slice of a vector, in the form that the opset has."""
+    if graph.opset < 10:
+        return helper.make_node("Slice", [shape], [name], name=name, starts=[start], ends=[stop], axes=[0])
+    bounds = []
+    for value in (start, stop):
+        bounds.append(namer(f"{name}.bound"))
+        graph.weights[bounds[-1]] = np.asarray([value], np.int64)
+    return helper.make_node("Slice", [shape, *bounds], [name], name=name)
 
 
 def _fix_conv(

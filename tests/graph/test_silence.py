@@ -86,3 +86,61 @@ def test_a_bias_or_norm_along_the_neurons_is_zero_with_them_but_not_one_across()
     graph, deps = analysis.graph, analysis.dependencies
     names = {"a/Add.out": True, normed.name: True, shifted.name: False, "x": False, "out.b": False}
     assert {name: is_silent(name, atom, graph, deps) for name in names} == names
+
+
+INVERTED = {
+    "Div": lambda net, h: net.op("Div", 1.0, h, name="inverse"),
+    "Mod": lambda net, h: net.op("Mod", net.op("Sigmoid", h), h, fmod=1, name="inverse"),
+    "Reciprocal": lambda net, h: net.op("Reciprocal", h, name="inverse"),
+    "Log": lambda net, h: net.op("Log", net.op("Abs", h), name="inverse"),
+    "Pow": lambda net, h: net.op("Pow", h, -1.0, name="inverse"),
+    "Pow to what is computed": lambda net, h: net.op("Pow", net.op("Abs", h), net.op("Sigmoid", h), name="inverse"),
+}
+
+
+def layer(function: Any) -> onnx.ModelProto:
+    """A hidden layer of 6 neurons and a function of it."""
+    net = graphs.Net()
+    h = function(net, net.linear(net.input("x", ["N", 5]), "a", 5, 6))
+    net.output(net.linear(h, "out", 6, 3), ["N", 3])
+    return net.proto()
+
+
+@pytest.mark.parametrize("op", INVERTED)
+def test_what_is_inverted_must_not_be_silent(op: str) -> None:
+    (group,) = analyse_model(layer(INVERTED[op])).structure.groups
+    assert group.reasons == ("what is cut would be divided by zero (at inverse)",)
+
+
+@pytest.mark.parametrize("op", INVERTED)
+def test_what_is_inverted_may_be_cut_where_it_is_not_zero(op: str) -> None:
+    model = layer(lambda net, h: INVERTED[op](net, net.op("Add", net.op("Abs", h), 0.5)))
+    analysis = analyse_model(model)
+    (group,) = analysis.structure.groups
+    applied = apply(analysis, Plan("", [graphs.keeping(group, [[1, 4]])]))
+    original = masked(analysis.normalized.base, analysis.graph, analysis.dependencies, applied.cuts, {})
+    assert difference(original, applied.graph, [graphs.inputs_for(model, 3)]) < 1e-6
+
+
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+def test_a_constant_divisor_keeps_its_values_where_neurons_are_masked(op: str) -> None:
+    more = {"fmod": 1} if op == "Mod" else {}
+    model = layer(lambda net, h: net.op(op, h, net.weight("divisor", 6, shift=3.0), **more))
+    analysis = analyse_model(model)
+    (group,) = analysis.structure.groups
+    applied = apply(analysis, Plan("", [graphs.keeping(group, [[0, 5]])]))
+    original = masked(analysis.normalized.base, analysis.graph, analysis.dependencies, applied.cuts, {})
+    assert difference(original, applied.graph, [graphs.inputs_for(model, 3)]) < 1e-6
+
+
+def test_a_power_of_zero_is_not_silent() -> None:
+    """Exponents of each neuron's own are zero where it is masked, and then even zero becomes one."""
+
+    def powers(net: graphs.Net, h: Any) -> Any:
+        return net.op("Pow", net.op("Relu", h), net.weight("powers", 6, shift=4.0))
+
+    analysis = analyse_model(layer(powers))
+    (group,) = analysis.structure.groups
+    base, power = (node.output[0] for node in analysis.graph.nodes if node.op_type in ("Relu", "Pow"))
+    assert is_silent(base, group.atom, analysis.graph, analysis.dependencies)
+    assert not is_silent(power, group.atom, analysis.graph, analysis.dependencies)

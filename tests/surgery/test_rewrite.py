@@ -183,3 +183,16 @@ def test_resize_is_told_the_channels_that_stay(given: str) -> None:
     assert (group.kind, group.size, group.reasons) == ("channel", 6, ())
     applied = apply(analysis, Plan("", [graphs.keeping(group, [[1, 2, 5]])]))
     assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)]).passed
+
+
+@pytest.mark.parametrize("opset", [9, 17])
+def test_sizes_computed_at_run_time_are_corrected_in_the_form_of_the_opset(opset: int) -> None:
+    net = graphs.Net(opset)
+    h = net.linear(net.input("x", ["N", 4, 5]), "a", 5, 6)
+    h = net.op("Add", h, net.op("ConstantOfShape", net.op("Shape", h)))
+    h = net.op("Reshape", h, net.op("Shape", net.op("Relu", h)))
+    net.output(net.linear(h, "out", 6, 3), ["N", 4, 3])
+    model = net.proto()
+    analysis = analyse_model(model)
+    applied = apply(analysis, graphs.random_plan(analysis.structure.groups, np.random.default_rng(0)))
+    assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)], 1).passed
