@@ -61,9 +61,10 @@ class Input:
             return torch.randint(0, self.below, shape, generator=generator, dtype=getattr(torch, self.type))
         return torch.randn(shape, generator=generator)
 
-    def describe(self, free: bool) -> dict[str, Any]:
-        """What the tests need to make it up; `free` sizes of the export may be tried larger."""
-        found: dict[str, Any] = {"shape": list(self.shape), "type": self.type}
+    def describe(self, batch: int | None) -> dict[str, Any]:
+        """What the tests need to make it up; sizes of an export of no fixed batch may be tried larger."""
+        free = batch is None
+        found: dict[str, Any] = {"shape": [batch or self.shape[0], *self.shape[1:]], "type": self.type}
         found |= {"below": self.below} if self.below else {}
         found |= {"mask": True} if self.mask else {}
         return found | ({"length": 1} if free and len(self.axes) > 1 else {})
@@ -235,6 +236,33 @@ WHISPER = {
     "begin_suppress_tokens": None,
 }
 
+NEOX = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": FFN,
+    "max_position_embeddings": POSITIONS,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "use_cache": False,
+}
+MODERNBERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": FFN,
+    "max_position_embeddings": POSITIONS,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "local_attention": 4,
+    "num_labels": CLASSES,
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 BLOCKS = {"qk": DEPTH, "v": DEPTH, "ffn": DEPTH, "head": DEPTH}
 
 RECIPES = {
@@ -288,7 +316,20 @@ RECIPES = {
         partial(transformers_model, "LlamaForCausalLM", ("input_ids", "attention_mask"), ("logits",), **LLAMA),
         {"input_ids": IDS, "attention_mask": MASK},
         "LlamaForCausalLM (rotary positions, four query heads on two key heads, RMS norm, SwiGLU)",
-        "ts17_dyn dynamo18_dyn", DEPTH, BLOCKS | {"residual": 1}, {"head": "share keys and values"},
+        "ts17_dyn dynamo18_dyn dynamo23", DEPTH, BLOCKS | {"residual": 1}, {"head": "share keys and values"},
+    ),
+    "neox": Recipe(
+        partial(transformers_model, "GPTNeoXForCausalLM", ("input_ids", "attention_mask"), ("logits",), **NEOX),
+        {"input_ids": IDS, "attention_mask": MASK},
+        "GPTNeoXForCausalLM (rotary positions on a quarter of each head, attention and FFN side by side)",
+        "ts17_dyn dynamo18_dyn", 1, {"qk": 1, "v": 1, "ffn": 1, "head": 1, "residual": 1},
+    ),
+    "modernbert": Recipe(
+        partial(transformers_model, "ModernBertForSequenceClassification", ("input_ids", "attention_mask"),
+                ("logits",), **MODERNBERT),
+        {"input_ids": IDS, "attention_mask": MASK},
+        "ModernBertForSequenceClassification (rotary positions, GeGLU, local attention, a head that normalises)",
+        "ts17_dyn dynamo18_dyn", DEPTH, BLOCKS | {"residual": 1}, {"ffn": "a normalisation runs over it"},
     ),
     "bart": Recipe(
         partial(transformers_model, "BartForConditionalGeneration",
@@ -412,7 +453,7 @@ def describe(recipe: Recipe, export: Export) -> dict[str, Any]:
     found = {
         "source": f"{recipe.source} ({library})",
         "exporter": f"{export.exporter}, opset {export.opset}",
-        "inputs": {name: entry.describe(export.batch is None) for name, entry in recipe.inputs.items()},
+        "inputs": {name: entry.describe(export.batch) for name, entry in recipe.inputs.items()},
         "dynamic_batch": export.batch is None,
         "sites": recipe.sites,
         "groups": dict(recipe.groups),

@@ -37,4 +37,5 @@ def tie_blocks(facts: Facts, whole: Axis, parts: Sequence[tuple[Axis, int]], rea
         facts.virtual[count] = facts.size(axis) // block
         facts.regroup([axis], [count, inner])
         facts.freeze(count, reason)
+        facts.counts.append(count)
     return True

@@ -69,7 +69,7 @@ class Facts:
     `joins` are the operand tuples of additions of activations; `sums` those of the freezes that are because of a sum or
     a length; `statistics` the axes normalisations run over; `virtual` the sizes of axes that exist only inside an
     operator (the heads of a 3-D Attention operand); `unread` the tensors of which only the sizes are read; `blocks` the
-    nodes that take or join parts of an axis whose blocks go together.
+    nodes that take or join parts of an axis whose blocks go together, and `counts` the axes that number these blocks.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -87,6 +87,7 @@ class Facts:
     virtual: dict[Axis, int] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
     blocks: frozenset[str] = frozenset()
+    counts: list[Axis] = field(default_factory=list)
     node: str = ""
 
     def rank(self, name: str) -> int:

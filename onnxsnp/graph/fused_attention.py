@@ -51,8 +51,67 @@ def separate(w: Writer) -> None:
 
 
 def grouped(w: Writer) -> None:
-    """com.microsoft GroupQueryAttention, which is made for a cache: its sizes are the callers'."""
-    raise LeftAloneError(_CACHE)
+    """com.microsoft GroupQueryAttention of a whole sequence: several heads of queries to each head of keys."""
+    _refuse(w, caches=(3, 4), outputs=1)
+    for slot, what in _UNUSUAL.items():
+        if w.given(slot):
+            raise LeftAloneError(what)
+    if attribute(w.node, "smooth_softmax", 0) == 1:
+        raise LeftAloneError(_UNUSUAL[11])
+    heads, shared = attribute(w.node, "num_heads"), attribute(w.node, "kv_num_heads")
+    query, key, value = _unpacked(w, heads, shared)
+    size = w.shapes[w.node.input[0]][2] // (heads if w.given(1) else heads + 2 * shared)
+    if attribute(w.node, "do_rotary", 0):
+        places = w.unsqueeze(_places(w, (w.node.input[0], 1)), [0])
+        tables = [w.add("Gather", w.node.input[slot], places, axis=0) for slot in (7, 8)]
+        turned, pairs = 2 * w.shapes[w.node.input[7]][1], attribute(w.node, "rotary_interleaved", 0)
+        query = _rotate(w, query, (tables[0], tables[1]), turned, size, pairs)
+        key = _rotate(w, key, (tables[0], tables[1]), turned, size, pairs)
+    # [B, shared, heads / shared, S, d] times [B, shared, 1, d, T]
+    query = w.add("Transpose", w.add("Reshape", query, w.integers([0, 0, shared, -1, size])), perm=[0, 2, 3, 1, 4])
+    key, value = (w.add("Reshape", part, w.integers([0, 0, shared, 1, -1])) for part in (key, value))
+    scores = w.add("MatMul", query, w.add("Transpose", key, perm=[0, 2, 3, 4, 1]))
+    scores = w.add("Mul", scores, w.number(attribute(w.node, "scale", 0.0) or size**-0.5))
+    cap = attribute(w.node, "softcap", 0.0)
+    if cap:
+        scores = w.add("Mul", w.add("Tanh", w.add("Div", scores, w.number(cap))), w.number(cap))
+    scores = w.add("Add", scores, w.add("Where", _out_of_sight(w), w.lowest(), w.number(0.0)))
+    mixed = w.add("MatMul", w.add("Softmax", scores, axis=4), w.add("Transpose", value, perm=[0, 2, 3, 1, 4]))
+    w.add("Reshape", w.add("Transpose", mixed, perm=[0, 3, 1, 2, 4]), w.integers([0, 0, -1]), into=w.node.output[0])
+
+
+_UNUSUAL = {
+    9: "its positions are given",
+    10: "a table is added to its scores",
+    11: "its softmax leaves a share to no token at all",
+    12: "it quantises keys and values",
+    13: "it quantises keys and values",
+    14: "it normalises queries and keys inside",
+    15: "it normalises queries and keys inside",
+}
+
+
+def _unpacked(w: Writer, heads: int, shared: int) -> list[str]:
+    """Query, key and value of GroupQueryAttention, which may come in one tensor."""
+    if w.given(1) and w.given(2):
+        return list(w.node.input[:3])
+    size = w.shapes[w.node.input[0]][2] // (heads + 2 * shared)
+    return w.split(w.node.input[0], [heads * size, shared * size, shared * size], 2)
+
+
+def _out_of_sight(w: Writer) -> str:
+    """Which keys [B, 1, 1, S, T] a query does not see: behind its sequence's end, ahead of it, or out of its window."""
+    keys = _places(w, (w.node.input[0], 1))
+    end = w.add("Reshape", w.add("Cast", w.node.input[5], to=TensorProto.INT64), w.integers([-1]))
+    last = w.unsqueeze(end, [1, 2, 3, 4])
+    if attribute(w.node, "causal", 1):  # a query behind the end sees what the last one does
+        own = w.unsqueeze(keys, [1])
+        last = w.add("Where", w.add("Less", own, last), own, last)
+    hidden = w.add("Greater", keys, last)
+    window = attribute(w.node, "local_window_size", -1)
+    if window > 0:
+        hidden = w.add("Or", hidden, w.add("Less", keys, w.add("Sub", last, w.whole(window - 1))))
+    return hidden
 
 
 def rotary(w: Writer) -> None:
@@ -66,7 +125,7 @@ def rotary(w: Writer) -> None:
         places = w.unsqueeze(w.add("Add", w.add("Range", w.whole(0), tokens, w.whole(1)), first), [0])
     tables = [w.add("Gather", table, places, axis=0) for table in (cosines, sines)]
     size = attribute(w.node, "rotary_embedding_dim", 0) or 2 * w.shapes[cosines][1]
-    _rotate(w, tables[0], tables[1], size, attribute(w.node, "num_heads", 0))
+    _rotated(w, (tables[0], tables[1]), size)
 
 
 def standard_rotary(w: Writer) -> None:
@@ -75,7 +134,7 @@ def standard_rotary(w: Writer) -> None:
     if w.given(3):
         tables = [w.add("Gather", table, w.node.input[3], axis=0) for table in tables]
     size = attribute(w.node, "rotary_embedding_dim", 0) or 2 * w.shapes[w.node.input[1]][-1]
-    _rotate(w, tables[0], tables[1], size, attribute(w.node, "num_heads", 0))
+    _rotated(w, (tables[0], tables[1]), size)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -160,29 +219,45 @@ def _hidden(w: Writer, mask: str, keys: tuple[str, int]) -> str:
     return w.unsqueeze(w.add("Where", hidden, value, w.number(0.0)), axes)
 
 
-def _rotate(w: Writer, cosines: str, sines: str, size: int, heads: int) -> None:
-    """x · cos + turned(x) · sin over the first `size` entries of each head (arXiv 2104.09864, eq. 34).
-
-    Args:
-        cosines, sines: [B or 1, tokens, size / 2].
-    """
-    data = w.node.input[0]
+def _rotated(w: Writer, tables: tuple[str, str], size: int) -> None:
+    """A RotaryEmbedding, of heads apart or side by side."""
+    data, heads = w.node.input[0], attribute(w.node, "num_heads", 0)
     flat = len(w.shapes[data]) == 3
     width = w.shapes[data][-1]
     head = (width // heads if heads else size) if flat else width
+    _rotate(w, data, tables, size, head, attribute(w.node, "interleaved", 0), flat, w.node.output[0])
+
+
+def _rotate(
+    w: Writer,
+    data: str,
+    tables: tuple[str, str],
+    size: int,
+    head: int,
+    interleaved: int,
+    flat: bool = True,
+    into: str = "",
+) -> str:
+    """x · cos + turned(x) · sin over the first `size` entries of each head (arXiv 2104.09864, eq. 34).
+
+    Args:
+        tables: cosines and sines [B or 1, tokens, size / 2].
+        head: entries of each head.
+        interleaved: pairs are neighbours, not half of `size` apart.
+        flat: the heads of `data` are side by side [B, tokens, H·d], not apart [B, H, tokens, d].
+    """
     if flat:
         data = w.add("Reshape", data, w.integers([0, 0, -1, head]))
     rest = ""
     if size < head:
         data, rest = w.split(data, [size, head - size], 3)
-    tables = [w.unsqueeze(table, [2 if flat else 1]) for table in (cosines, sines)]
-    interleaved = attribute(w.node, "interleaved", 0)  # pairs are neighbours, not half a head apart
+    apart = [w.unsqueeze(table, [2 if flat else 1]) for table in tables]
     if interleaved:
         data, axis, half = w.add("Reshape", data, w.integers([0, 0, 0, -1, 2])), 4, 1
-        cosine, sine = (w.unsqueeze(table, [4]) for table in tables)
+        cosine, sine = (w.unsqueeze(table, [4]) for table in apart)
     else:
         axis, half = 3, size // 2
-        cosine, sine = (w.add("Concat", table, table, axis=3) for table in tables)
+        cosine, sine = (w.add("Concat", table, table, axis=3) for table in apart)
     first, second = w.split(data, [half, half], axis)
     turned = w.add("Concat", w.add("Neg", second), first, axis=axis)
     result = w.add("Add", w.add("Mul", data, cosine), w.add("Mul", turned, sine))
@@ -191,6 +266,5 @@ def _rotate(w: Writer, cosines: str, sines: str, size: int, heads: int) -> None:
     if rest:
         result = w.add("Concat", result, rest, axis=3)
     if flat:
-        w.add("Reshape", result, w.integers([0, 0, -1]), into=w.node.output[0])
-    else:
-        w.add("Identity", result, into=w.node.output[0])
+        return w.add("Reshape", result, w.integers([0, 0, -1]), into=into)
+    return w.add("Identity", result, into=into)

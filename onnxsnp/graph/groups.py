@@ -265,8 +265,10 @@ class _Finder:
                 self.further.setdefault(atom, []).append(index)
                 continue
             if atom in taken:
-                own = any(group.atom == atom for group in groups)
+                own = next((one for one in groups if one.atom == atom), None)
                 whose = "its query-key size" if own else "another site's"
+                if own and self._added(site, atom):
+                    whose += f", to which it is added (at {self._added(site, atom)})"
                 self.skipped.append(Unrecognised(site.score, f"{site.name}: its {kind} size is tied to {whose}"))
                 continue
             taken.add(atom)
@@ -278,6 +280,10 @@ class _Finder:
         beside = frozenset(site.mixed).union(*everywhere) - {group.atom for group in groups}
         beside -= {atom for axis in (site.query, site.value) for atom in self.deps.atoms(*axis)}
         shared = beside.intersection(*everywhere)
+        # what counts blocks of one side alone (the part of a head that rotary positions leave) is no number of heads
+        counts = {atom for axis in self.deps.facts.counts for atom in self.deps.atoms(*axis)} & beside - shared
+        taken |= counts
+        beside -= counts
         for number, atom in enumerate(sorted(beside, key=lambda atom: (atom not in shared, atom))):
             if atom in self.producers and atom not in taken:
                 taken.add(atom)
@@ -286,6 +292,17 @@ class _Finder:
                 served = shared and atom not in shared
                 groups.append(replace(head, reasons=(*head.reasons, _SERVED)) if served else head)
         return groups
+
+    def _added(self, site: Site, atom: int) -> str:
+        """The addition of two activations that ties a site's value size to its query-key size; empty if none does."""
+        query, value = (
+            next((place for place in self.deps.places[atom] if place[:2] == axis), None)
+            for axis in (site.query, site.value)
+        )
+        if query is None or value is None:
+            return ""
+        joins = {node.name for node in self.graph.nodes if tuple(node.input) in self.deps.facts.joins}
+        return next((node for node in self.deps.why(query, value) if node in joins), "")
 
     def _sizes(self, axis: Axis) -> list[int]:
         """The factors of a contracted or kept axis that may be its size: those that can be cut, where some can."""
@@ -348,7 +365,8 @@ class _Finder:
             reasons.append(f"its parts are put together by Concat (at {self.deps.stacks[atom].node})")
         for whole in self._wholes(atom):
             if kind != "residual" and whole in self.statistics:
-                reasons.append(f"a normalisation runs over it (at {self.statistics[whole]})")
+                where = f"(at {self.statistics[whole]}), whose mean and variance a cut would change"
+                reasons.append(f"a normalisation runs over it {where}")
             reasons.extend(f"occurs twice in tensor '{tensor}'" for tensor in self._twice(whole))
             reasons.extend(f"what is cut would not be zero in a product (at {node})" for node in self._heard(whole))
             reasons.extend(f"what is cut would be divided by zero (at {node})" for node in self._divides(whole))

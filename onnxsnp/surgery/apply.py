@@ -94,7 +94,8 @@ def _packed_weights_to_part(analysis: Analysis, cuts: Sequence[Cut]) -> set[str]
     return {
         root_of(analysis.graph, name)
         for name, part in analysis.graph.parts.items()
-        if atoms & set(analysis.dependencies.atoms(name, part.axis))
+        if name in analysis.graph.weights  # and not taken apart itself
+        and atoms & set(analysis.dependencies.atoms(name, part.axis))
     }
 
 

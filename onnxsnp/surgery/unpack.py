@@ -17,7 +17,7 @@ from onnx import NodeProto, helper
 from onnxsnp.errors import VerificationError
 from onnxsnp.graph.dependency import Dependencies, analyse
 from onnxsnp.graph.facts import Select
-from onnxsnp.graph.ir import Graph, Namer, Part
+from onnxsnp.graph.ir import Graph, Namer, Part, attribute
 from onnxsnp.graph.normalize import Normalized, unshare
 from onnxsnp.graph.stacks import above
 from onnxsnp.surgery.rewrite import Cut, cut_array, fix_sizes, new_size, weight_axes
@@ -303,7 +303,8 @@ def _record_added(result: Normalized, nodes: list[NodeProto]) -> None:
             continue
         lengths = [len(weights[one]) if one in weights else result.shapes[one][0] for one in node.input]
         if node.op_type == "Slice":
-            start, stop = (int(weights[bound][0]) for bound in node.input[1:3])
+            given = [int(weights[bound][0]) for bound in node.input[1:3]]
+            start, stop = given or (attribute(node, "starts")[0], attribute(node, "ends")[0])
             length = len(range(lengths[0])[start:stop])
         else:
             length = sum(lengths)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import graphs
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
-from fused import assert_same, expanded, model_of, noise
+from fused import MICROSOFT, RNG, assert_same, expanded, model_of, noise
+from onnx import helper
+
+from onnxsnp.analysis import analyse_model
+from onnxsnp.evaluation.verify import prove
+from onnxsnp.graph.expand import expand
+from onnxsnp.graph.normalize import as_graph
+from onnxsnp.model import load
+from onnxsnp.surgery.apply import apply
 
 B, S, T, H = 2, 5, 7, 2
 
@@ -101,6 +111,70 @@ def test_a_cache_stays_with_its_reason() -> None:
     assert "cache" in expanded(model).unexpanded["fused"]
 
 
+def grouped(
+    size: int = 8, shared: int = 2, lengths: tuple[int, int] = (S, S), packed: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """Four heads of queries on two of keys; feeds, weights and names of its inputs."""
+    feeds = {"q": noise(B, S, 4 * size), "k": noise(B, S, shared * size), "v": noise(B, S, shared * size)}
+    weights = {"n": np.asarray(lengths, "i4") - 1, "t": np.asarray(S, "i4")}
+    names = ["q", "k", "v", "", "", "n", "t"]
+    if packed:
+        feeds = {"q": np.concatenate(list(feeds.values()), -1)}
+        names[1:3] = ["", ""]
+    return feeds, weights, names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": 0.2},
+        {"softcap": 1.5},
+        {"local_window_size": 2},
+        {"local_window_size": 2, "softcap": 0.5, "scale": 0.9},
+        {"causal": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_grouped_heads_without_a_cache(settings: dict[str, Any], packed: bool) -> None:
+    feeds, weights, names = grouped(packed=packed)
+    model = model_of("GroupQueryAttention", feeds, weights, names, num_heads=4, kv_num_heads=2, **settings)
+    assert_same(model, feeds, 1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("part", [16, 32])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_grouped_heads_that_rotate_inside(interleaved: int, part: int, shared: int) -> None:
+    feeds, weights, names = grouped(size=32, shared=shared)
+    angles = noise(9, part // 2)
+    weights |= {"c": np.cos(angles), "s": np.sin(angles)}
+    settings = {"do_rotary": 1, "rotary_interleaved": interleaved, "num_heads": 4, "kv_num_heads": shared}
+    assert_same(model_of("GroupQueryAttention", feeds, weights, [*names, "c", "s"], **settings), feeds, 1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"causal": 0}, {"local_window_size": 2}], ids=str)
+def test_grouped_heads_see_no_key_behind_the_end(settings: dict[str, int]) -> None:
+    feeds, weights, names = grouped(lengths=(4, S))
+    model = model_of("GroupQueryAttention", feeds, weights, names, num_heads=4, kv_num_heads=2, **settings)
+    assert_same(model, feeds, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("slot", "reason"),
+    [(9, "positions"), (10, "table"), (11, "no token"), (12, "quantises"), (14, "normalises queries and keys")],
+)
+def test_unusual_grouped_heads_stay_with_their_reason(slot: int, reason: str) -> None:
+    feeds, weights, names = grouped()
+    names += [""] * (16 - len(names))
+    names[slot] = "more"
+    weights["more"] = noise(4)
+    graph = as_graph(load(model_of("GroupQueryAttention", feeds, weights, names, num_heads=4, kv_num_heads=2)))
+    expand(graph, {name: array.shape for name, array in (feeds | weights).items()})
+    assert reason in graph.unexpanded["fused"] and graph.nodes[0].op_type == "GroupQueryAttention"
+
+
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("places", ["first", "all"])
 @pytest.mark.parametrize("part", [False, True])
@@ -129,3 +203,26 @@ def test_rotary_embeddings_of_onnx_itself(flat: bool, placed: bool, part: int, i
         names.append("p")
     settings = {"rotary_embedding_dim": part, "interleaved": interleaved} | ({"num_heads": H} if flat else {})
     assert_same(model_of("RotaryEmbedding", feeds, weights, names, opset=23, domain="", **settings), feeds, 1e-5)
+
+
+def test_grouped_heads_are_a_site_that_can_be_cut() -> None:
+    """Queries of four heads, keys and values of two; the file has no cache."""
+    net = graphs.Net()
+    x = net.input("x", [B, S, 12])
+    parts = [net.linear(x, name, 12, heads * 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))]
+    told = [gs.Constant("n", np.full(B, S - 1, "i4")), gs.Constant("t", np.asarray(S, "i4"))]
+    made = net.op("GroupQueryAttention", *parts, None, None, *told, name="fused", num_heads=4, kv_num_heads=2)
+    net.graph.nodes[-1].domain = MICROSOFT
+    net.output(net.linear(made, "o", 32, 3), [B, S, 3])
+    net.graph.cleanup().toposort()
+    model = gs.export_onnx(net.graph, ir_version=8)
+    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    analysis = analyse_model(model)
+    assert len(analysis.structure.sites) == 1 and analysis.structure.skipped == []
+    assert {group.kind: group.size for group in analysis.structure.groups if group.prunable} == {
+        "qk": 8,
+        "v": 8,
+        "head": 2,
+    }
+    applied = apply(analysis, graphs.random_plan([g for g in analysis.structure.groups if g.prunable], RNG))
+    assert prove(analysis, applied, [graphs.inputs_for(model, B)], 1).passed
