@@ -316,7 +316,15 @@ RECIPES = {
         partial(transformers_model, "LlamaForCausalLM", ("input_ids", "attention_mask"), ("logits",), **LLAMA),
         {"input_ids": IDS, "attention_mask": MASK},
         "LlamaForCausalLM (rotary positions, four query heads on two key heads, RMS norm, SwiGLU)",
-        "ts17_dyn dynamo18_dyn dynamo23", DEPTH, BLOCKS | {"residual": 1}, {"head": "share keys and values"},
+        "ts17_dyn dynamo18_dyn", DEPTH, BLOCKS | {"residual": 1}, {"head": "share keys and values"},
+    ),
+    # with a free batch this exporter writes a RotaryEmbedding that onnxruntime takes at batch 1 alone
+    "llama_sdpa": Recipe(
+        partial(transformers_model, "LlamaForCausalLM", ("input_ids", "attention_mask"), ("logits",), attention="sdpa",
+                **LLAMA),
+        {"input_ids": IDS, "attention_mask": MASK},
+        "LlamaForCausalLM with SDPA (rotary positions, four query heads on two key heads)", "dynamo23", DEPTH,
+        BLOCKS | {"residual": 1}, {"head": "share keys and values"},
     ),
     "neox": Recipe(
         partial(transformers_model, "GPTNeoXForCausalLM", ("input_ids", "attention_mask"), ("logits",), **NEOX),
