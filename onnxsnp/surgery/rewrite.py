@@ -336,6 +336,18 @@ def _fix_conv(
     return []
 
 
+def _fix_attention(
+    node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
+) -> list[NodeProto]:
+    """Attention on operands whose heads lie side by side is told how many there are."""
+    for slot, name in enumerate(("q_num_heads", "kv_num_heads")):
+        heads = (f"{node.name}|{node.input[slot]}", 0)
+        if heads in dependencies.facts.virtual:
+            atoms = dependencies.atoms(*heads)
+            set_attribute(node, name, int(np.prod([sizes.get(atom, dependencies.size(atom)) for atom in atoms])))
+    return []
+
+
 def _fix_slice(
     node: NodeProto, graph: Graph, dependencies: Dependencies, sizes: Mapping[int, int], namer: Namer
 ) -> list[NodeProto]:
@@ -391,6 +403,7 @@ def _fix_split(
 
 
 _FIXES: dict[str, _Fix] = {
+    "Attention": _fix_attention,
     "Reshape": _fix_reshape,
     "Expand": _fix_expand,
     "Conv": _fix_conv,

@@ -196,3 +196,22 @@ def test_sizes_computed_at_run_time_are_corrected_in_the_form_of_the_opset(opset
     analysis = analyse_model(model)
     applied = apply(analysis, graphs.random_plan(analysis.structure.groups, np.random.default_rng(0)))
     assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)], 1).passed
+
+
+@pytest.mark.parametrize("kinds", [("head",), ("qk",), ("v",), ("qk", "v", "head")])
+def test_attention_with_heads_side_by_side_is_told_how_many_are_left(kinds: tuple[str, ...]) -> None:
+    net = graphs.Net(23)
+    x = net.input("x", ["N", 5, 12])
+    query, key, value = (net.linear(x, name, 12, 12) for name in "qkv")
+    y = net.op("Attention", query, key, value, q_num_heads=3, kv_num_heads=3, scale=0.5)
+    net.output(net.linear(y, "o", 12, 3), ["N", 5, 3])
+    model = net.proto()
+    analysis = analyse_model(model)
+    groups = [group for group in analysis.structure.groups if group.kind in kinds]
+    assert len(groups) == len(kinds) and all(group.prunable for group in groups)
+    plan = graphs.random_plan(groups, np.random.default_rng(0))
+    applied = apply(analysis, plan)
+    (node,) = (node for node in applied.graph.nodes if node.op_type == "Attention")
+    left = next((entry.kept for entry in plan.groups if entry.kind == "head"), 3)
+    assert attribute(node, "q_num_heads") == attribute(node, "kv_num_heads") == left < 4
+    assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 2)], 1).passed
