@@ -225,7 +225,7 @@ def is_nan(draw: Any, chain: Chain, x: str, op: str) -> str:
 
 @covers("IsInf", since=10)
 def is_inf(draw: Any, chain: Chain, x: str, op: str) -> str:
-    huge = chain.add("Div", x, chain.add("Relu", x))
+    huge = chain.add("Mul", x, chain.constant(3e38))
     return chain.add("Where", chain.add(op, huge), x, chain.add("Relu", x))
 
 

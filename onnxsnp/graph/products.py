@@ -23,9 +23,10 @@ def matmul(node: NodeProto, facts: Facts) -> None:
         facts.same((left, a - 2), (output, out - (2 if b > 1 else 1)))
     if b > 1:
         facts.same((right, b - 1), (output, out - 1))
+    whole = out + (a == 1) + (b == 1)  # with the axes that vectors do not leave behind
     for name, rank in ((left, a), (right, b)):
         for index in range(rank - 2):
-            target = out - rank + index
+            target = whole - rank + index
             if facts.shapes[name][index] == facts.shapes[output][target]:
                 facts.same((name, index), (output, target))
     _multiply(

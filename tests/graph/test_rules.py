@@ -139,6 +139,16 @@ def test_matmul_by_a_vector_contracts_and_emits_nothing() -> None:
     assert roles(facts) == {("consumer", ("w", 0))}
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_matmul_by_a_vector_keeps_the_batch_axes_in_place(left: bool) -> None:
+    shapes = {"x": (2, 3, 2, 2), "v": (2,), "y": (2, 3, 2)}
+    names = ["v", "x"] if left else ["x", "v"]
+    facts = said("MatMul", shapes, names, ["y"], weights=("v",))
+    kept, gone = (3, 2) if left else (2, 3)
+    assert all(tied(facts, ("x", axis), ("y", place)) for axis, place in ((0, 0), (1, 1), (kept, 2)))
+    assert tied(facts, ("x", gone), ("v", 0)) and not tied(facts, ("x", 0), ("y", 2))
+
+
 def test_matmul_of_activations_is_a_product_and_ties_its_batch_axes() -> None:
     shapes = {"q": (2, 3, 5, 4), "k": (2, 3, 4, 7), "s": (2, 3, 5, 7)}
     facts = said("MatMul", shapes, ["q", "k"], ["s"])
