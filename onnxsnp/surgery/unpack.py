@@ -286,11 +286,16 @@ def _sized(
     for clone in clones:
         for slot, name in enumerate(clone.output):
             clone.output[slot] = back[name]
+        for slot, name in enumerate(clone.input):
+            clone.input[slot] = back.get(name, name)
     view = Graph(graph.shell, list(clones), graph.weights, graph.origin, graph.parts)
     fix_sizes(view, dependencies, sizes)
     for clone, outputs in zip(clones, wanted, strict=True):
         for slot, name in enumerate(outputs):
             clone.output[slot] = name
+    for node in view.nodes:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = names.get(name, name)
     return view.nodes
 
 

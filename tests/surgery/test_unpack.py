@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from onnxsnp.analysis import analyse_model
-from onnxsnp.evaluation.verify import difference
+from onnxsnp.evaluation.verify import difference, prove
 from onnxsnp.graph.normalize import normalize
 from onnxsnp.model import load
+from onnxsnp.surgery.apply import apply
 from onnxsnp.surgery.unpack import packed_sources, root_of, unpack
 
 PACKED: dict[str, dict[str, Any]] = {
@@ -97,3 +98,49 @@ def test_packed_projections_without_bias_come_apart() -> None:
     analysis = analyse_model(net.proto())
     assert packed_sources(analysis.graph).keys() == {"both.w"}
     assert [(group.kind, group.size) for group in analysis.structure.groups if group.prunable] == [("ffn", 4)]
+
+
+@pytest.mark.parametrize("opset", [9, 17])
+@pytest.mark.parametrize("between", ["Slice", "Expand", "Reshape"])
+def test_operators_with_sizes_between_a_projection_and_its_selections(between: str, opset: int) -> None:
+    """Part of another axis is taken, or sizes are computed at run time, before the packed axis is split."""
+    net = graphs.Net(opset)
+    h = net.linear(net.input("x", ["N", 4, 5]), "packed", 5, 12)
+    if between == "Slice":
+        bounds = {"starts": [1], "ends": [3], "axes": [1]}
+        h = net.op("Slice", h, *bounds.values()) if opset >= 10 else net.op("Slice", h, **bounds)
+    elif between == "Expand":
+        h = net.op("Expand", h, net.op("Shape", h))
+    else:
+        h = net.op("Reshape", h, net.op("Shape", net.op("Relu", h)))
+    gate, value = net.split(h, [6, 6], 2)
+    h = net.op("Mul", net.op("Sigmoid", gate), value)
+    net.output(net.linear(h, "out", 6, 3), ["N", 2 if between == "Slice" else 4, 3])
+    model = net.proto()
+    analysis = analyse_model(model)
+    (group,) = (group for group in analysis.structure.groups if group.kind == "ffn")
+    assert group.size == 6 and group.prunable
+    applied = apply(analysis, graphs.random_plan([group], np.random.default_rng(0)))
+    assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)], 1).passed
+
+
+def test_a_part_that_is_taken_apart_again_can_be_cut() -> None:
+    """Value and the two parts of a query, as where only a part of a head is rotated."""
+    net = graphs.Net()
+    h = net.linear(net.input("x", ["N", 4, 5]), "packed", 5, 16)
+    left, value = net.split(h, [8, 8], 2)
+    first, second = net.split(net.op("Tanh", left), [3, 5], 2)
+    net.output(
+        net.op(
+            "Add",
+            net.linear(net.op("Relu", value), "a", 8, 3),
+            net.op("Add", net.linear(first, "b", 3, 3), net.linear(second, "c", 5, 3)),
+        ),
+        ["N", 4, 3],
+    )
+    model = net.proto()
+    analysis = analyse_model(model)
+    assert sorted(group.size for group in analysis.structure.groups if group.kind == "ffn") == [3, 5, 8]
+    for groups in ([group] for group in analysis.structure.groups if group.kind == "ffn"):
+        applied = apply(analysis, graphs.random_plan(groups, np.random.default_rng(0)))
+        assert prove(analysis, applied, [graphs.inputs_for(model, batch) for batch in (1, 3)], 1).passed
