@@ -114,7 +114,8 @@ def changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     if before.dtype.kind != "f":
         return np.asarray(before != after)
     finite = np.abs(before[np.isfinite(before)])
-    close = np.isclose(before, after, rtol=1e-5, atol=1e-6 * float(finite.max(initial=1.0)), equal_nan=True)
+    with np.errstate(over="ignore"):  # of numbers at both ends of the range
+        close = np.isclose(before, after, rtol=1e-5, atol=1e-6 * float(finite.max(initial=1.0)), equal_nan=True)
     return np.asarray(~close)
 
 
