@@ -35,7 +35,7 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
     """All that is known about a run before anything is cut.
 
     Of the groups, heads are listed where some of them go; what lies inside them is given per head, and `heads` counts
-    those of the original.
+    those of the original. Each of a group's indices stands for `together` neurons (2 where rotary positions pair them).
     """
     cuts = as_cuts(plan, analysis.groups)
     sizes = {cut.atom: cut.keep.shape[1] for cut in cuts}
@@ -54,6 +54,7 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
                 "before": group.size,
                 "heads": group.heads,
                 "after": kept.get(group.id, group.size),
+                "together": group.together,
             }
             for group in analysis.structure.groups
             if group.kind != "head" or group.id in kept

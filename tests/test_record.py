@@ -36,7 +36,7 @@ def test_heads_are_listed_where_some_of_them_go() -> None:
     analysis = analyse_model(MODEL)
     plan = Plan("", [graphs.keeping(analysis.groups["head.1"], [[0, 2]])])
     groups = {group["id"]: group for group in new_record(analysis, plan, Options(0.3), data())["groups"]}
-    assert groups["head.1"] == {"id": "head.1", "kind": "head", "before": 3, "heads": 1, "after": 2}
+    assert groups["head.1"] == {"id": "head.1", "kind": "head", "before": 3, "heads": 1, "after": 2, "together": 1}
     assert "head.0" not in groups and (groups["qk.1"]["heads"], groups["qk.1"]["after"]) == (3, 4)
 
 

@@ -114,9 +114,8 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
 def _change(group: Mapping[str, Any], left: int | None) -> str:
     """The size of a group before and after; `left` of its heads stay (all, if None)."""
     before, after = (f"{heads}×" if group["heads"] > 1 else "" for heads in (group["heads"], left or group["heads"]))
-    if (group["before"], before) == (group["after"], after):
-        return f"{before}{group['before']}"
-    return f"{before}{group['before']} → {after}{group['after']}"
+    old, new = (group[when] * group.get("together", 1) for when in ("before", "after"))  # as neurons, like `inspect`
+    return f"{before}{old}" if (old, before) == (new, after) else f"{before}{old} → {after}{new}"
 
 
 def _before_after(record: Mapping[str, Any]) -> Table:

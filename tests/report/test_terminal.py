@@ -83,6 +83,12 @@ def test_where_heads_go_their_number_stands_before_and_after() -> None:
     assert rows[2] == ["1", "3", "→", "2", "3×64", "→", "2×32", "3×64", "→", "2×64"]
 
 
+def test_indices_that_stand_for_pairs_are_shown_as_neurons() -> None:
+    pairs = [group("qk.0", "qk", 32, 5, 1) | {"together": 2}, group("v.0", "v", 64, 64, 12) | {"together": 1}]
+    row = shown(terminal.pruning, record(groups=pairs)).splitlines()[1]
+    assert row.split() == ["0", "64", "→", "10", "12×64"]
+
+
 def test_kinds_that_a_model_lacks_get_no_column() -> None:
     text = shown(terminal.pruning, record(groups=[group("ffn.0", "ffn", 16, 11)]))
     assert text.splitlines()[0].split() == ["block", "FFN"]
