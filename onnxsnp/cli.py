@@ -61,6 +61,17 @@ InputShape = Annotated[
 ]
 
 
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        rich_help_panel=_METHOD,
+        help="Where the model will run (onnxsnp engine --list-targets): widths suit its hardware, and keep the sizes "
+        "of query, key and value one where it fuses attention.",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Options that stand before the verb."""
@@ -194,8 +205,22 @@ def prune(
         ),
     ] = None,
     multiple_of: Annotated[
-        int, typer.Option(help="Keep sizes that are multiples of N.", min=1, rich_help_panel=_METHOD)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Keep sizes that are multiples of N. Default: what --target wants, else 1.",
+            min=1,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    target: TargetOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target: what the model will run in there, fp32 or fp16. Default: fp16 where the target has "
+            "it, since widths that suit it suit fp32 too.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="Apply a plan, or the plan of a run record, instead of making one.", rich_help_panel=_METHOD),
@@ -221,9 +246,10 @@ def prune(
         from onnxsnp.writing import write_record
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
-        target = output_path(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
-        if latency_table is not None and target is not None:
-            written = [target.resolve(), target.with_suffix(".json").resolve()]
+        read = [plan, *ratios, Path(preprocess or ""), latency_table, Path(target or "")]
+        file = output_path(model, output, dry_run, read)
+        if latency_table is not None and file is not None:
+            written = [file.resolve(), file.with_suffix(".json").resolve()]
             if latency_table.resolve() in written:  # it may not exist yet
                 raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
@@ -234,7 +260,7 @@ def prune(
             result = prune_model(
                 model,
                 ratio,
-                output=None if dry_run else target,
+                output=None if dry_run else file,
                 dry_run=dry_run,
                 progress=progress,
                 allocation=allocation,
@@ -250,20 +276,22 @@ def prune(
                 preprocess=preprocess,
                 eval_data=eval_data,
                 multiple_of=multiple_of,
+                target=target,
+                precision=precision,
                 plan=plan,
                 threads=threads,
                 provider=provider,
                 seed=seed,
                 input_shapes=input_shapes(input_shape, model),
             )
-        if dry_run and target is not None:
-            write_record(result.plan.to_json(), target)
+        if dry_run and file is not None:
+            write_record(result.plan.to_json(), file)
         if as_json:
             print_json(result.record)
         else:
             terminal.pruning(stdout(), result.record)
             if dry_run:
-                terminal.dry_run(stdout(), target)
+                terminal.dry_run(stdout(), file)
 
     guarded(work, debug)
 

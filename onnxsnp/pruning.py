@@ -218,7 +218,7 @@ class _Run:
                 groups,
                 local_timer(options.threads, options.provider),
                 machine(options.threads, options.provider),
-                multiple=options.multiple_of,
+                multiple=options.multiple,
                 seed=options.seed,
                 progress=lambda done, total: self.progress("measure layers", done, total),
             )
@@ -271,10 +271,11 @@ class _Run:
             analysis.cost,
             options.ratio or 0.0,
             options.of,
-            options.multiple_of,
+            options.multiple,
             selector,
             loss,
             lambda done, total: self.progress("allocate", done, total),
+            scope.ties(options, analysis),
         )
         self.allocation = {
             "loss": found.loss,

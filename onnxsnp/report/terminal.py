@@ -66,6 +66,8 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
         if step["kept"]:
             change = f"loss on unseen samples {step['before']:.4g} → {step['after']:.4g}"
             console.print(Text(f"{step['name']}: {change}"), highlight=False)
+    for line in _on_target(record.get("target")):
+        console.print(Text(line), highlight=False)
     for note in record["notes"]:
         console.print(Text(f"note: {note}"), style="yellow", highlight=False)
     proof = record.get("verification")
@@ -77,6 +79,35 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
     if record["output"]:
         # one line however long, so that the path can be copied
         console.print(Text(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s"), soft_wrap=True)
+
+
+def _on_target(target: Mapping[str, Any] | None) -> list[str]:
+    """What the target asked for, and whether it can still fuse attention."""
+    if target is None:
+        return []
+    step = target["multiple_of"]
+    widths = f"widths are multiples of {step}" if step > 1 else "any width will do"
+    head = f"{target['name']} in {target['precision']}: {widths}"
+    return [head, *fusion(target["fused_attention"])]
+
+
+def fusion(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether attention can be fused, as few lines as there are reasons.
+
+    Args:
+        sites: with `site`, `kept`, `why`, and `before` where something was cut.
+    """
+    if not sites:
+        return []
+    kept = sum(site["kept"] for site in sites)
+    lines = [f"attention that can be fused: {kept} of {len(sites)} sites"] if kept else []
+    for why in dict.fromkeys(site["why"] for site in sites if not site["kept"]):
+        mine = [site for site in sites if site["why"] == why]
+        what = "fused attention lost" if any(site.get("before") for site in mine) else "no fused attention"
+        where = "" if len(mine) == len(sites) else f" at {mine[0]['site']}"
+        more = f" and {len(mine) - 1} more" if where and len(mine) > 1 else ""
+        lines.append(f"{what}{where}{more}: {why}")
+    return lines
 
 
 def dry_run(console: Console, plan: Path | None) -> None:
