@@ -1,7 +1,7 @@
 """What the ONNX importer of a target's TensorRT will refuse, or read as something else, before it is there.
 
 Silent misreadings are errors: a mean over the wrong axes builds and runs. What is checked per operator stands in
-`onnxsnp.deploy.lint_rules`, which operators and element types there are in `onnxsnp.deploy.importers`.
+`onnxsnp.deploy.lint_rules`, which operators and element types there are in `onnxsnp.deploy.operators`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxsnp.deploy.importers import element_kinds, kind_of, taken_since, takes
+from onnxsnp.deploy.operators import element_kinds, kind_of, taken_since, takes
 from onnxsnp.deploy.lint_rules import CHECKS, LOWER, Place, Problem
 from onnxsnp.deploy.lowering.types import typed_slots
 from onnxsnp.deploy.targets import Target
@@ -147,7 +147,8 @@ def _place(graph: GraphProto, opset: int, target: Target, outer: Place | None) -
     for name, tensor in held.items():
         types[name] = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
         shapes[name] = tuple(tensor.dims)
-    return Place(opset, target, shapes, types, held)
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    return Place(opset, target, shapes, types, held, {**(outer.makers if outer else {}), **makers})
 
 
 def _problems(node: NodeProto, place: Place) -> Iterator[Problem]:
@@ -188,6 +189,8 @@ def _form_problems(node: NodeProto, place: Place) -> Iterator[Problem]:
 
 def _type_problems(node: NodeProto, place: Place) -> Iterator[Problem]:
     """Element types that the importer does not take for the operator's data."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return  # a check of their own
     slots = typed_slots(node, place.opset)[0]
     kinds = element_kinds(node.op_type, place.target.tensorrt)
     for slot in slots:

@@ -20,13 +20,14 @@ LOWER = "lower the model for the target (onnxsnp engine does)"
 
 @dataclass(frozen=True)
 class Place:
-    """What is known around a node: opset, target, sizes (-1 where free), element types, constants."""
+    """What is known around a node: opset, target, sizes (-1 where free), element types, constants, makers."""
 
     opset: int
     target: Target
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, np.dtype]
     held: Mapping[str, TensorProto]
+    makers: Mapping[str, str]
 
     @property
     def version(self) -> Version:
@@ -74,6 +75,12 @@ def _constant(slot: int, what: str, until: Version | None = None) -> Check:
             yield Problem("constant-input", message, f"{LOWER}; give fixed sizes where they depend on sizes")
 
     return check
+
+
+def _kernel(node: NodeProto, place: Place) -> Iterator[Problem]:
+    """Conv: weights that are no initializer are read behind DequantizeLinear; any from 8.5 on (docs/operators.md)."""
+    if place.computed(node, 1) and place.makers.get(node.input[1]) != "DequantizeLinear" and place.version < (8, 5):
+        yield Problem("constant-input", "its weights are computed, and this importer takes constants", "use MatMul")
 
 
 def _reduce_axes(node: NodeProto, place: Place) -> Iterator[Problem]:
@@ -207,7 +214,7 @@ def _top_k(node: NodeProto, place: Place) -> Iterator[Problem]:
 def _quantise(node: NodeProto, place: Place) -> Iterator[Problem]:
     """QuantDequantLinearHelper: symmetric INT8 with a zero point given; constant INT8 data only from 10 on."""
     zero = place.value(node, 2)
-    kind = place.types.get(node.input[2 if given(node, 2) else 0])
+    kind = place.types.get(node.output[0] if node.op_type == "QuantizeLinear" else node.input[0])
     remedy = "quantise symmetrically to INT8, with QuantizeLinear and DequantizeLinear around each tensor"
     if not given(node, 2) and place.version < (10,):
         yield Problem("quantise-zero", "has no zero point, and this importer asks for three inputs", LOWER)
@@ -243,8 +250,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     # ReduceSum is the one whose axes 8.2 to 8.6 read from the input, from opset 13 on
     "ReduceSum": (_noop_axes, _AXES),
     **dict.fromkeys(("AveragePool", "LpPool", "MaxPool"), (_pool,)),
-    "Conv": (_constant(1, "weights", (8, 5)), _constant(2, "biases", (8, 5))),
-    "ConvTranspose": (_constant(1, "weights", (8, 5)), _constant(2, "biases", (8, 5))),
+    "Conv": (_kernel, _constant(2, "biases", (8, 5))),
+    "ConvTranspose": (_kernel, _constant(2, "biases", (8, 5))),
     "CumSum": (_constant(1, "axis"),),
     "DequantizeLinear": (_quantise,),
     "Dropout": (_dropout,),

@@ -7,6 +7,7 @@ that follows from them becomes a constant, and each node is rewritten by one rul
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,10 @@ from onnx import NodeProto
 
 from onnxsnp import model as model_files
 from onnxsnp.analysis import Analysis
+from onnxsnp.deploy.half import sensitive, to_half
 from onnxsnp.deploy.lowering import RULES
 from onnxsnp.deploy.lowering.forms import written_in
-from onnxsnp.deploy.lowering.site import Facts, Site
+from onnxsnp.deploy.lowering.site import SINGLE, Facts, Site
 from onnxsnp.deploy.lowering.static import fix_inputs, settle
 from onnxsnp.deploy.lowering.types import through_taken_types, to_single
 from onnxsnp.deploy.targets import Target
@@ -56,15 +58,22 @@ class Lowered:
         proto: static shapes, weights inside.
         changes: what was rewritten.
         warnings: what the target's TensorRT will do with it that one should know.
+        keep_fp32: nodes that a build with --fp16 should compute in single precision (trtexec: --layerPrecisions with
+            --precisionConstraints=obey); empty where the target needs no such list, or has no such options.
     """
 
     proto: onnx.ModelProto
     changes: list[Change]
     warnings: list[str] = field(default_factory=list)
+    keep_fp32: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the model."""
-        return {"changes": [asdict(change) for change in self.changes], "warnings": list(self.warnings)}
+        return {
+            "changes": [asdict(change) for change in self.changes],
+            "warnings": list(self.warnings),
+            "keep_fp32": list(self.keep_fp32),
+        }
 
 
 def lower(
@@ -102,7 +111,43 @@ def lower(
     changes.extend(Change(op, count, "the importer lacks its element type") for op, count in wrapped.items())
     _check_size(graph)
     _static_outputs(graph, measured)
-    return Lowered(to_model(graph), [change for change in changes if change.count])
+    lowered = Lowered(to_model(graph), [change for change in changes if change.count])
+    if precision == "fp16":
+        _prepare_half(lowered, target)
+    return lowered
+
+
+def strongly_typed(target: Target) -> bool:
+    """Whether a target computes in the types of the file, so that fp16 has to be in it."""
+    return target.runtime == "tensorrt-rtx" or target.dialect == "11"
+
+
+def _prepare_half(lowered: Lowered, target: Target) -> None:
+    """What fp16 needs, in place: half precision in the file, or a list of layers to keep in single precision."""
+    if any(node.domain for node in lowered.proto.graph.node):
+        return  # types around an operator of another domain are not known; `lint` refuses it
+    if strongly_typed(target):
+        half = to_half(lowered.proto)
+        lowered.proto = half.proto
+        lowered.changes.append(Change("types", len(half.proto.graph.node), "half precision, as the file's types say"))
+        if half.kept:
+            why = "sums, means and exponentials stay in single precision"
+            lowered.changes.append(Change("types", len(half.kept), why))
+        if half.clamped:
+            lowered.warnings.append(
+                f"{len(half.clamped)} constants have numbers beyond 65504, fp16's largest, and got that instead: "
+                f"{', '.join(half.clamped[:3])}"
+            )
+        return
+    names = sensitive(lowered.proto)
+    if target.tensorrt >= (8, 4):
+        lowered.keep_fp32 = _plain_names(lowered.proto, names)
+    elif names:
+        lowered.warnings.append(
+            f"TensorRT {'.'.join(map(str, target.tensorrt[:2]))} cannot keep single layers in fp32 (--layerPrecisions "
+            f"is there from 8.4 on): the squares in {len(names)} layers of normalisations overflow in fp16 where a "
+            "value is 256 from the mean; compare the outputs on the device, and use fp32 if they are off"
+        )
 
 
 def emitted_opset(target: Target) -> int:
@@ -118,6 +163,16 @@ def emitted_opset(target: Target) -> int:
             f"{target.name} takes opset {target.opset}", hint=f"lowered models are of opset {_OLDEST} or later"
         )
     return min(target.opset, 17 if target.tensorrt < (10,) else 20)
+
+
+def _plain_names(proto: onnx.ModelProto, names: list[str]) -> list[str]:
+    """Those nodes under names without the characters that trtexec's lists are parted by, in place."""
+    namer = Namer(node.name for node in proto.graph.node)
+    plain = {name: re.sub(r"[^\w./-]", "_", name) for name in names}
+    plain = {name: new if new == name else namer(new) for name, new in plain.items()}
+    for node in proto.graph.node:
+        node.name = plain.get(node.name, node.name)
+    return list(plain.values())
 
 
 def _spelled_out(graph: Graph) -> list[Change]:
@@ -151,6 +206,8 @@ def _rewritten(graph: Graph, measured: Probe, target: Target, opset: int) -> lis
             site.add("Identity", site.alias, into=node.output[0])
         elif site.alias:
             alias[node.output[0]] = site.alias
+            shapes.setdefault(site.alias, shapes.get(node.output[0], ()))
+            types.setdefault(site.alias, types.get(node.output[0], SINGLE))
         nodes.extend(site.nodes)
         graph.weights.update(site.weights)
         counted[(node.op_type, why)] += not _same(node, site)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto
 
-from onnxsnp.deploy.importers import element_kinds, kind_of, takes
+from onnxsnp.deploy.operators import element_kinds, kind_of, takes
 from onnxsnp.deploy.targets import Target
 from onnxsnp.graph.ir import Graph, Namer, attribute
 from onnxsnp.graph.writer import Writer

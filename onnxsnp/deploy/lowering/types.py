@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxsnp.deploy.importers import element_kinds, kind_of, takes
+from onnxsnp.deploy.operators import element_kinds, kind_of, takes
 from onnxsnp.deploy.targets import Target
 from onnxsnp.graph.ir import Graph, Namer, to_tensor
 from onnxsnp.graph.precision import BRAIN, element_types
