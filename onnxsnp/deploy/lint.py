@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxsnp.deploy.operators import element_kinds, kind_of, taken_since, takes
 from onnxsnp.deploy.lint_rules import CHECKS, LOWER, Place, Problem
 from onnxsnp.deploy.lowering.types import typed_slots
+from onnxsnp.deploy.operators import element_kinds, kind_of, taken_since, takes
 from onnxsnp.deploy.targets import Target
 from onnxsnp.graph.probe import infer_shapes
 

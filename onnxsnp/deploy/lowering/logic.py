@@ -102,16 +102,6 @@ def _xor(s: Site) -> str | None:
     return "the importer has no Xor"
 
 
-def _where(s: Site) -> str | None:
-    """A choice between truth values, where Where takes none."""
-    if s.dtype(1) != np.bool_ or s.takes("Where", np.dtype(bool)):
-        return None
-    condition, x, y = s.node.input
-    other = s.add("And", s.add("Not", condition), y)
-    s.add("Or", s.add("And", condition, x), other, into=s.output_name)
-    return "the importer has no Where of truth values"
-
-
 def _grid_sample(s: Site) -> str | None:
     """Its modes have other names from opset 20 on."""
     names = {"bilinear": "linear", "bicubic": "cubic"}
@@ -132,6 +122,5 @@ RULES: dict[str, Rule] = {
     "Mod": _mod,
     "OneHot": _one_hot,
     "Trilu": _trilu,
-    "Where": _where,
     "Xor": _xor,
 }
