@@ -30,7 +30,7 @@ import onnx
 
 from onnxsnp._version import __version__
 from onnxsnp.atomic import whole_folder
-from onnxsnp.deploy.manifest import FORMAT, KIND, MANIFEST, described, refuse_foreign
+from onnxsnp.deploy.manifest import FORMAT, KIND, MANIFEST, described, read_manifest, refuse_foreign
 from onnxsnp.deploy.targets import Target, Version
 from onnxsnp.errors import ModelError, PlanError
 
@@ -129,7 +129,7 @@ def write_bundle(
             "files": [described(part, one) for one in sorted(part.rglob("*")) if one.is_file()],
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    return read_manifest(path)
 
 
 def _check(models: Sequence[BundleModel], target: Target, precision: str) -> None:
