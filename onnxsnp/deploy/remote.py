@@ -20,9 +20,11 @@ from onnxsnp.deploy.ssh import LOST, Ssh, check_host, remedy, run, said, scp_com
 from onnxsnp.errors import DeviceError, one_line
 
 Progress = Callable[[str], None]
+PAUSES = (0.0, 1.0, 3.0)  # seconds before each try to remove a folder
 _MARK = "onnxsnp-folder:"
 # Runs build.sh; if the session's input ends first (the connection broke, or we want it to stop), it is told to stop.
-_RUN = """cd {folder} || exit 1
+_RUN = """exec 2>&1
+cd {folder} || exit 1
 exec 3<&0
 {environment} sh build.sh {arguments} </dev/null 3<&- &
 build=$!
@@ -109,14 +111,13 @@ class Remote:
         script = _RUN.format(
             folder=shlex.quote(self.path), environment=environment, arguments=" ".join(map(shlex.quote, arguments))
         )
-        with started(ssh_command(self.host, self._ssh, script)) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
+        with started(ssh_command(self.host, self._ssh, script)) as (lines, end):
+            for line in lines:
                 self._heard(line.rstrip("\n"), progress)
-            status = process.wait()
-        if status == LOST:
-            raise self._lost(self.complaint)
-        return status
+            done = end()
+        if done.returncode == LOST:
+            raise self._lost(said(done))
+        return int(done.returncode)
 
     def fetch(self, results: Path) -> Path:
         """Copy the results folder from the device to a place here, whole or not at all, and compare the hashes."""
@@ -148,7 +149,7 @@ class Remote:
     def remove(self) -> bool:
         """Remove the folder from the device; whether it worked."""
         script = _REMOVE.format(folder=shlex.quote(self.path))
-        for pause in (0.0, 1.0, 3.0):
+        for pause in PAUSES:
             time.sleep(pause)
             if run(ssh_command(self.host, self._ssh, script)).returncode == 0:
                 return True

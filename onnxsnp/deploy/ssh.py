@@ -7,7 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,28 +102,40 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A running ssh; left early, its input is closed first, so that what it runs on the device can end in order."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        yield process
-    finally:
-        process.stdin.close()
+def started(
+    command: Sequence[str],
+) -> Iterator[tuple[Iterable[str], Callable[[], subprocess.CompletedProcess[str]]]]:
+    """A running ssh: the lines that it prints, and what waits for its end and says how it ended.
+
+    Left early, its input is closed first, so that what it runs on the device can end in order.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+
+        def end() -> subprocess.CompletedProcess[str]:
+            status = process.wait()
+            errors.seek(0)
+            return subprocess.CompletedProcess(command, status, "", errors.read())
+
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+            yield process.stdout, end
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
 
 
 def said(done: subprocess.CompletedProcess[Any]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from devices import processes
 
 from onnxsnp.deploy.ssh import Ssh
 
@@ -37,9 +38,7 @@ class Loopback:
 
     def children(self) -> list[int]:
         """Processes of the server's connections."""
-        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        parents = dict(map(int, line.split()) for line in listed.splitlines())
-        return [child for child, parent in parents.items() if parent == self.process.pid]
+        return [one.pid for one in processes() if one.parent == self.process.pid]
 
     def drop(self) -> None:
         """Cut all connections, as a pulled cable does; the server stays."""
