@@ -24,7 +24,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder} is no bundle: {path.name} cannot be read") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ModelError(f"{folder} is no bundle: {path.name} says nothing of one")

@@ -35,8 +35,16 @@ wait $build
 status=$?
 kill $watcher 2>/dev/null
 exit $status"""
-_REMOVE = """build=$(cat {folder}/results/.running/pid 2>/dev/null) && kill -TERM "$build" 2>/dev/null && sleep 1
-rm -rf {folder} 2>/dev/null || {{ sleep 1; rm -rf {folder}; }}"""
+# What a connection that broke may have left running; the device notices that only after a while.
+_STOP = """build=$(cat {folder}/results/.running/pid 2>/dev/null)
+tries=0
+while [ -n "$build" ] && grep -q build.sh "/proc/$build/cmdline" 2>/dev/null && [ $tries -lt 20 ]; do
+    kill -TERM "$build" 2>/dev/null
+    sleep 0.5
+    tries=$((tries + 1))
+done
+"""
+_REMOVE = _STOP + "rm -rf {folder} 2>/dev/null || {{ sleep 1; rm -rf {folder}; }}"
 
 
 class ConnectionLost(DeviceError):
@@ -145,6 +153,20 @@ class Remote:
         if done.returncode != 0:
             raise DeviceError(f"{self.path} on {self.host} could not be {what}: {said(done)}")
         return str(done.stdout)
+
+    def settle(self) -> None:
+        """After a connection broke: wait for the device to answer, and until nothing runs there any more.
+
+        Raises:
+            ConnectionLost: it does not answer.
+        """
+        script = _STOP.format(folder=shlex.quote(self.path))
+        for pause in PAUSES[1:]:
+            with contextlib.suppress(ConnectionLost):
+                self.command(script, "settled")
+                return
+            time.sleep(pause)
+        self.command(script, "settled")
 
     def remove(self) -> bool:
         """Remove the folder from the device; whether it worked."""
