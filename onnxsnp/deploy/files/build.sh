@@ -1,9 +1,10 @@
 #!/bin/sh
 # Builds a TensorRT engine of each model in this folder, times them in turn and compares their outputs. See README.md.
 #
-#   sh build.sh [--force] [--tf32] [--rounds N] [--seconds S] [--build-only]
+#   sh build.sh [--force] [--tf32] [--rounds N] [--seconds S] [--build-only] [--keep-times]
 #
-# TRTEXEC=/path/to/trtexec chooses the program. Everything is written below results/.
+# --keep-times goes on with a run that was cut off, where it was. TRTEXEC=/path/to/trtexec chooses the program.
+# Everything is written below results/.
 set -u
 
 here=$(dirname "$0")
@@ -24,6 +25,7 @@ locked=""
 force=0
 tf32=0
 build_only=0
+keep_times=0
 
 say() {
     printf '%s\n' "$*"
@@ -61,6 +63,7 @@ parse_options() {
             --force) force=1 ;;
             --tf32) tf32=1 ;;
             --build-only) build_only=1 ;;
+            --keep-times) keep_times=1 ;;
             --rounds | --seconds)
                 number "$1" "${2:-}"
                 if [ "$1" = --rounds ]; then ROUNDS=$2; else SECONDS_EACH=$2; fi
@@ -260,7 +263,7 @@ build_with() { # label workspace
 
 ran_out_of_memory() { # status log
     [ "$1" = 137 ] && return 0 # killed, as the kernel does
-    grep -qiE 'out ?of ?memory|insufficient memory|cuda failure: 2|bad_alloc|cannot allocate memory|not enough memory' "$2"
+    grep -qiE 'out ?of ?memory|insufficient memory|cuda failure: 2|bad_alloc|cannot allocate memory|enough (free )?memory' "$2"
 }
 
 last_error() { # log
@@ -309,11 +312,12 @@ time_model() { # label round
     label=$1
     round=$2
     folder=results/$label
-    inputs=$label/inputs.txt
-    [ "$code" -ge 100000 ] || inputs=$label/inputs32.txt
+    inputs=$(cat "$label/inputs.txt")
+    [ "$code" -ge 100000 ] || inputs=$(cat "$label/inputs32.txt")
     part=$folder/times.$round.json.part
-    set -- "--loadEngine=$folder/model.engine" "--loadInputs=$(cat "$inputs")" "--warmUp=$WARM_UP" \
+    set -- "--loadEngine=$folder/model.engine" "--warmUp=$WARM_UP" \
         "--duration=$SECONDS_EACH" "--iterations=$ITERATIONS" "--exportTimes=$part"
+    if [ -n "$inputs" ]; then set -- "$@" "--loadInputs=$inputs"; fi
     if [ "$TIMES_ONLY" = 0 ] && [ "$round" = 1 ]; then set -- "$@" "--exportOutput=$folder/output.json"; fi
     if [ "$dialect" = 11 ]; then
         set -- "$@" --includeDataTransfers --noCudaGraph # what the versions before it do unless told
@@ -335,7 +339,7 @@ time_model() { # label round
 time_all() {
     backwards=""
     for label in $MODELS; do
-        rm -f results/"$label"/times.*.json results/"$label"/run.*.log results/"$label"/output.json
+        [ "$keep_times" = 1 ] || rm -f results/"$label"/times.*.json results/"$label"/run.*.log results/"$label"/output.json
         backwards="$label $backwards"
     done
     turn=1
@@ -344,6 +348,7 @@ time_all() {
         order=$MODELS
         [ $((turn % 2)) = 1 ] || order=$backwards
         for one in $order; do
+            [ "$keep_times" = 1 ] && [ -s "results/$one/times.$turn.json" ] && continue
             time_model "$one" "$turn"
         done
         turn=$((turn + 1))

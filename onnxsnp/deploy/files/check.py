@@ -91,7 +91,7 @@ def read_times(folder: str, label: str, warm_up: float) -> Tuple[List[float], Li
     whole, alone = [], []
     for name in names:
         runs = read_json(os.path.join(place, name), "the times of " + label)
-        try:  # below 8.6 trtexec lists its warm-up among the runs
+        try:  # up to 8.4 trtexec lists its warm-up among the runs
             counted = [run for run in runs if run["startComputeMs"] >= warm_up]
             whole += [float(run["latencyMs"]) for run in counted]
             alone += [float(run["computeMs"]) for run in counted]
