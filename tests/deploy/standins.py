@@ -20,6 +20,7 @@ import onnxruntime
 from onnxsnp.deploy.cuda import Gpu
 
 _REFUSED = {"Det", "Bernoulli"}
+_WEAK = {"FP16": 0, "OBEY_PRECISION_CONSTRAINTS": 11}  # flags for networks whose layers may choose their types
 
 
 class Cuda:
@@ -66,7 +67,8 @@ def tensorrt(version: str, cuda: Cuda, memory_ok: bool = True) -> Any:
         __version__=version,
         ILogger=_Logger,
         NetworkDefinitionCreationFlag=enum.IntEnum("NetworkDefinitionCreationFlag", kinds),
-        BuilderFlag=enum.IntEnum("BuilderFlag", {"TF32": 7} | ({} if release >= (11,) else {"FP16": 0})),
+        BuilderFlag=enum.IntEnum("BuilderFlag", {"TF32": 7} | ({} if release >= (11,) else _WEAK)),
+        float32="single precision",
         TensorIOMode=enum.IntEnum("TensorIOMode", {"NONE": 0, "INPUT": 1, "OUTPUT": 2}),
         nptype=lambda kind: kind,
         built=[],
@@ -86,10 +88,19 @@ class _Logger:
 
 
 class _Network:
-    __slots__ = ("flags", "model")
+    """Layers are the nodes, but that each Relu has a second one with a number behind the name."""
+
+    __slots__ = ("flags", "layers", "model")
 
     def __init__(self, flags: int) -> None:
-        self.flags, self.model = flags, None
+        self.flags, self.model, self.layers = flags, None, []
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def get_layer(self, index: int) -> Any:
+        return self.layers[index]
 
 
 class _Builder:
@@ -130,7 +141,8 @@ class _Builder:
         if not self._memory_ok or not enough:
             self._log.log(_Logger.ERROR, "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (out of memory)")
             return None
-        self._library.built.append({"network": network.flags, "flags": getattr(config, "flags", [])})
+        kept = [layer.name for layer in network.layers if layer.precision is not None]
+        self._library.built.append({"network": network.flags, "flags": getattr(config, "flags", []), "kept": kept})
         head = json.dumps({"version": self._release}).encode()
         return memoryview(head + b"\n" + network.model)
 
@@ -155,6 +167,8 @@ class _Parser:
         for index, node in enumerate(model.graph.node):
             if node.op_type in _REFUSED:
                 self._errors.append(_error(self._release, index, node))
+            more = ["_7"] if node.op_type == "Relu" else []
+            self._network.layers += [SimpleNamespace(name=node.name + end, precision=None) for end in ["", *more]]
         self._network.model = data
         return not self._errors
 

@@ -10,13 +10,13 @@ import graphs
 import numpy as np
 import onnx
 import pytest
-from deploy import standins
+import standins
 from onnx import TensorProto, helper
 
 from onnxsnp.deploy import cuda as cuda_module
 from onnxsnp.deploy import local
 from onnxsnp.deploy.cuda import Gpu, open_cuda
-from onnxsnp.deploy.importer import open_log
+from onnxsnp.deploy.library import open_log
 from onnxsnp.deploy.running import measure, running
 from onnxsnp.deploy.targets import get_target
 from onnxsnp.errors import ModelError, PlanError
@@ -70,6 +70,14 @@ def test_fp16_is_a_flag_below_11_and_in_the_model_from_then_on(version: str) -> 
     assert [one["flags"] for one in library.built] == [["FP16"] if major < 11 else [], []]
     network = {8: 1, 10: 0, 11: 2}[major]  # explicit batch, nothing, strongly typed
     assert {one["network"] for one in library.built} == {network}
+
+
+def test_layers_that_fp16_would_overflow_stay_in_single_precision() -> None:
+    library = standins.tensorrt("8.6.1.6", standins.Cuda())
+    local.build(library, tiny(), "fp16", keep_fp32=["act"])
+    local.build(library, tiny(), "fp32", keep_fp32=["act"])
+    assert [one["kept"] for one in library.built] == [["act", "act_7"], []]
+    assert [one["flags"] for one in library.built] == [["FP16", "OBEY_PRECISION_CONSTRAINTS"], []]
 
 
 @pytest.mark.parametrize("version", RELEASES)
@@ -150,9 +158,7 @@ def test_a_machine_that_is_not_the_target_says_so(monkeypatch: pytest.MonkeyPatc
     standins.install(monkeypatch, standins.tensorrt("10.3.0.26", gpu), gpu)
     assert local.fits(get_target("tensorrt-10")) and not local.fits(get_target("jetson-nano"))
     assert local.require(get_target("tensorrt-10"))[1] is gpu
-    with pytest.raises(
-        PlanError, match=r"valid only for .*needs TensorRT 8.2.1; use --backend bundle"
-    ):
+    with pytest.raises(PlanError, match=r"valid only for .*needs TensorRT 8.2.1; use --backend bundle"):
         local.require(get_target("jetson-nano"))
 
 
