@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxsnp.deploy.lowering.products import scaled_product
 from onnxsnp.deploy.targets import Target
 from onnxsnp.graph.attention import TRANSPARENT, Site
 from onnxsnp.graph.axes import Axis
@@ -101,7 +102,7 @@ def _size(analysis: Analysis, axis: Axis, sizes: Mapping[int, int]) -> int:
 def _general(target: Target, precision: str) -> str:
     if not target.fuses_attention:
         has = ".".join(map(str, target.compute_capability or ()))
-        return f"{target.name} fuses no attention: its GPU has compute capability {has}, and 7.5 is needed"
+        return f"the GPU of {target.name} has compute capability {has}, and 7.5 is needed"
     return "" if precision == "fp16" else f"attention is fused in fp16 only, not in {precision}"
 
 
@@ -114,14 +115,20 @@ def _by_size(qk: int, v: int) -> str:
 
 
 def _by_scale(analysis: Analysis, site: Site) -> str:
-    """Whether something between the product and the softmax scales the scores."""
+    """Whether something between the product and the softmax scales the scores, unless right behind the product.
+
+    There the lowering moves the scale to an operand of the product.
+    """
     graph = analysis.graph
-    readers, scalars = graph.readers(), {name for name, array in graph.weights.items() if array.size == 1}
+    readers, producers = graph.readers(), graph.producers()
+    scalars = {name for name, array in graph.weights.items() if array.size == 1}
     waiting = [name for node in graph.nodes if node.name == site.score != site.mix for name in node.output]
     while waiting:
-        for node, _slot in readers.get(waiting.pop(), []):
-            if node.op_type in ("Mul", "Div") and scalars.intersection(node.input):
-                return f"the product of query and key is scaled by {node.name}; query or key has to be, before it"
+        name = waiting.pop()
+        for node, _slot in readers.get(name, []):
+            moved = len(readers[name]) == 1 and scaled_product(graph, node, producers) is not None
+            if node.op_type in ("Mul", "Div") and scalars.intersection(node.input) and not moved:
+                return "scores are scaled behind other operators; query or key has to be scaled before their product"
             if node.op_type in TRANSPARENT:
                 waiting.extend(node.output)
     return ""

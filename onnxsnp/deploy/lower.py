@@ -22,6 +22,7 @@ from onnxsnp.analysis import Analysis
 from onnxsnp.deploy.half import sensitive, to_half
 from onnxsnp.deploy.lowering import RULES
 from onnxsnp.deploy.lowering.forms import written_in
+from onnxsnp.deploy.lowering.products import scale_operands
 from onnxsnp.deploy.lowering.site import SINGLE, Facts, Site
 from onnxsnp.deploy.lowering.static import fix_inputs, settle
 from onnxsnp.deploy.lowering.types import through_taken_types, to_single
@@ -106,6 +107,8 @@ def lower(
     changes.extend(_spelled_out(graph))
     measured, gone = settle(graph)
     changes.append(Change("constants", gone, "does not depend on what the inputs hold"))
+    if target.fuses_attention:
+        changes.append(Change("scales", scale_operands(graph, measured.shapes), "fused attention scales query or key"))
     changes.extend(_rewritten(graph, measured, target, opset))
     wrapped = through_taken_types(graph, target)
     changes.extend(Change(op, count, "the importer lacks its element type") for op, count in wrapped.items())
