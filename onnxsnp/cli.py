@@ -11,7 +11,7 @@ import typer
 from onnxsnp._version import __version__
 from onnxsnp.arguments import input_shapes, output_path
 from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
-from onnxsnp.errors import DataError, PlanError
+from onnxsnp.errors import DataError, PlanError, one_line
 
 if TYPE_CHECKING:
     pass
@@ -380,6 +380,111 @@ def bench(
                 )
             ]
         print_json({"models": results}) if as_json else terminal.latencies(stdout(), results)
+
+    guarded(work, debug)
+
+
+@app.command()
+def engine(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="An .onnx file, pruned or not.", show_default=False)
+    ] = None,
+    target: TargetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to write; default MODEL-TARGET. The record goes beside it as FOLDER.engine.json.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="bundle: a folder that the device builds from. local: the TensorRT and GPU of this machine. rtx: "
+            "TensorRT for RTX, no GPU needed. ssh: the bundle, built and timed on --host. Default: ssh with --host, "
+            "rtx for that target, local if this machine is the target, else bundle.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="USER@DEVICE", help="Build and time on a device, by ssh.", rich_help_panel=_METHOD),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.", rich_help_panel=_METHOD)] = "fp32",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="8.9",
+            help="Of the GPUs an RTX engine is for; may be given several times. Default: any from 8.0 on.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model before pruning, for numbers before and after. Default: the one in the run record.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data for the inputs on which outputs are compared, as for prune. Default: generated inputs.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    preprocess: PreprocessOption = None,
+    input_shape: InputShape = None,
+    list_targets: Annotated[
+        bool, typer.Option("--list-targets", help="Show the targets there are.", rich_help_panel=_OUTPUT)
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make an engine for a device, or the folder to build it from there: TensorRT 8.2 to 11, Jetson, RTX."""
+
+    def work() -> None:
+        from onnxsnp.report import engine as report
+
+        if list_targets:
+            from onnxsnp.deploy.targets import BUILT_IN
+
+            profiles = [one.to_dict() for one in BUILT_IN.values()]
+            print_json({"targets": profiles}) if as_json else report.targets(stdout(), profiles)
+            return
+        if model is None or target is None:
+            what = "model" if model is None else "target"
+            raise PlanError(f"no {what} was given", hint="onnxsnp engine MODEL --target NAME; see --list-targets")
+        from onnxsnp.deploy.engine import build_engine
+        from onnxsnp.deploy.prepare import NotTaken
+
+        try:
+            with progress_bar() as progress:
+                result = build_engine(
+                    model,
+                    target=target,
+                    output=output or model.with_name(f"{model.stem}-{Path(target).stem}"),
+                    backend=backend,
+                    host=host,
+                    precision=precision,
+                    original=original,
+                    input_shapes=input_shapes(input_shape, model),
+                    calibration=calibration,
+                    preprocess=preprocess,
+                    compute_capabilities=compute_capability or (),
+                    seed=seed,
+                    progress=progress,
+                    say=lambda line: print(line, file=sys.stderr),
+                )
+        except NotTaken as error:
+            for finding in error.findings:
+                print(f"onnxsnp: {one_line(str(finding))}", file=sys.stderr)
+            raise
+        print_json(result.record) if as_json else report.engine(stdout(), result.record)
 
     guarded(work, debug)
 

@@ -141,7 +141,7 @@ def _check(models: Sequence[BundleModel], target: Target, precision: str) -> Non
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,40}", model.label):
             raise ValueError(f"not a label: {model.label!r}")
         _check_inputs(model)
-        if target.dialect == "11" and precision == "fp16" and not _has_half(model.proto):
+        if target.dialect == "11" and precision == "fp16" and not has_half(model.proto):
             raise ModelError(
                 f"TensorRT {version_text(target.tensorrt)} takes the precision from the model, and the "
                 f"{model.label} one has no fp16 in it",
@@ -168,7 +168,7 @@ def _check_inputs(model: BundleModel) -> None:
             raise ModelError(f"input '{entry.name}' of the {model.label} model takes {kind.name} of shape {sizes}")
 
 
-def _has_half(proto: onnx.ModelProto) -> bool:
+def has_half(proto: onnx.ModelProto) -> bool:
     return any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in proto.graph.initializer)
 
 
