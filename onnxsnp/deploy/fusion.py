@@ -39,6 +39,7 @@ class SiteFusion:
         qk_size, v_size: head sizes.
         kept: whether it meets all that the target asks for.
         why: what it does not meet; empty where it is kept.
+        rule: the rule that says so, in a word; sites with one differ in numbers only.
     """
 
     site: str
@@ -46,6 +47,7 @@ class SiteFusion:
     v_size: int
     kept: bool
     why: str = ""
+    rule: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -89,8 +91,15 @@ def _sites(analysis: Analysis, target: Target, precision: str, sizes: Mapping[in
     found = []
     for site in analysis.structure.sites:
         qk, v = (_size(analysis, axis, sizes) for axis in (site.query, site.value))
-        why = _general(target, precision) or _by_size(qk, v) or _by_scale(analysis, site)
-        found.append(SiteFusion(site.name, qk, v, not why, why))
+        checks = {
+            "hardware": _by_hardware(target),
+            "precision": "" if precision == "fp16" else f"attention is fused in fp16 only, not in {precision}",
+            "one size": "" if qk == v else f"query and key have head size {qk}, values {v}; it has to be one",
+            "size": _by_size(qk),
+            "scale": _by_scale(analysis, site),
+        }
+        rule = next((name for name, why in checks.items() if why), "")
+        found.append(SiteFusion(site.name, qk, v, not rule, checks.get(rule, ""), rule))
     return found
 
 
@@ -99,19 +108,17 @@ def _size(analysis: Analysis, axis: Axis, sizes: Mapping[int, int]) -> int:
     return prod(sizes.get(atom, deps.size(atom)) for atom in deps.atoms(*axis))
 
 
-def _general(target: Target, precision: str) -> str:
-    if not target.fuses_attention:
-        has = ".".join(map(str, target.compute_capability or ()))
-        return f"the GPU of {target.name} has compute capability {has}, and 7.5 is needed"
-    return "" if precision == "fp16" else f"attention is fused in fp16 only, not in {precision}"
+def _by_hardware(target: Target) -> str:
+    if target.fuses_attention:
+        return ""
+    has = ".".join(map(str, target.compute_capability or ()))
+    return f"the GPU of {target.name} has compute capability {has}, and 7.5 is needed"
 
 
-def _by_size(qk: int, v: int) -> str:
-    if qk != v:
-        return f"query and key have head size {qk}, values {v}; it has to be one"
-    if not LEAST <= qk <= MOST:
-        return f"head size {qk} is not between {LEAST} and {MOST}"
-    return f"head size {qk} is no multiple of {STEP}" if qk % STEP else ""
+def _by_size(size: int) -> str:
+    if not LEAST <= size <= MOST:
+        return f"head size {size} is not between {LEAST} and {MOST}"
+    return f"head size {size} is no multiple of {STEP}" if size % STEP else ""
 
 
 def _by_scale(analysis: Analysis, site: Site) -> str:

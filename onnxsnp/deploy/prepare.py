@@ -14,7 +14,9 @@ from onnxsnp import model as model_files
 from onnxsnp.analysis import analyse_model
 from onnxsnp.calibration.data import open_dataset
 from onnxsnp.calibration.preprocess import Preprocess
+from onnxsnp.deploy.bundle import has_half
 from onnxsnp.deploy.fusion import SiteFusion, fused_attention
+from onnxsnp.deploy.half import to_half
 from onnxsnp.deploy.lint import Finding, lint
 from onnxsnp.deploy.lower import Lowered, lower
 from onnxsnp.deploy.parity import Parity, outputs, parity
@@ -52,6 +54,8 @@ class Ready:
         lowered: as the target takes it.
         warnings: of the lint; errors do not get this far.
         parity: with the source in onnxruntime, the worst of several inputs.
+        half: the same in half precision, where the file is in single and the device makes fp16 of it: what may be
+            expected there. None where the file says what is computed.
         feed: the first of them.
         reference: what the source gives for it in onnxruntime, in the types of the lowered model's outputs.
         fusion: its attentions on the target.
@@ -62,6 +66,7 @@ class Ready:
     lowered: Lowered
     warnings: list[Finding]
     parity: Parity
+    half: Parity | None
     feed: Feed
     reference: Feed
     fusion: list[SiteFusion]
@@ -74,6 +79,7 @@ class Ready:
             **self.lowered.to_dict(),
             "lint": [finding.to_dict() for finding in self.warnings],
             "parity": self.parity.to_dict(),
+            "parity_fp16": None if self.half is None else self.half.to_dict(),
             "fused_attention": [site.to_dict() for site in self.fusion],
         }
 
@@ -107,21 +113,19 @@ def prepare(
     model = model_files.load(source)
     lowered = lower(model, target, precision=precision, input_shapes=input_shapes)
     findings = lint(lowered.proto, target)
+    which = "model" if label == "model" else f"{label} model"
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         count = "one node" if len(errors) == 1 else f"{len(errors)} nodes"
-        which = "model" if label == "model" else f"{label} model"
         raise NotTaken(f"{target.name} does not take {count} of the {which} as they are", errors)
     feeds = list(feeds or _inputs(model, lowered.proto, data, preprocess, seed))
-    compared = max((parity(model, lowered.proto, feed, precision) for feed in feeds), key=lambda one: one.difference)
-    if not compared.passed:
-        worst = max(compared.outputs, key=lambda output: output.difference)
-        raise VerificationError(
-            f"lowered for {target.name}, the {label} model's output '{worst.name}' differs from what it was by "
-            f"{worst.difference:.1e} of its largest value, where {compared.tolerance:.0e} is allowed "
-            f"({compared.reason})",
-            hint="--precision fp32 is more exact" if precision == "fp16" else "please report it with the model",
-        )
+    typed = has_half(lowered.proto)
+    compared = _compared(model, lowered.proto, feeds, "fp16" if typed else "fp32")
+    _passed(compared, f"lowered for {target.name}, the {which}'s", "please report it with the model")
+    half = None
+    if precision == "fp16" and not typed:
+        half = _compared(model, to_half(lowered.proto).proto, feeds, "fp16")
+        _passed(half, f"in half precision, the {which}'s", "use --precision fp32")
     sites = fused_attention(analyse_model(lowered.proto), target, precision)
     kinds = {one.name: one.type.tensor_type.elem_type for one in lowered.proto.graph.output}
     reference = {
@@ -129,7 +133,23 @@ def prepare(
         for name, array in outputs(as_graph(model), feeds[0]).items()
     }
     name = "model in memory" if model.path is None else str(model.path)
-    return Ready(label, name, lowered, findings, compared, feeds[0], reference, sites), feeds
+    return Ready(label, name, lowered, findings, compared, half, feeds[0], reference, sites), feeds
+
+
+def _compared(model: Model, lowered: onnx.ModelProto, feeds: Sequence[Feed], precision: str) -> Parity:
+    """The worst of several inputs."""
+    return max((parity(model, lowered, feed, precision) for feed in feeds), key=lambda one: one.difference)
+
+
+def _passed(found: Parity, what: str, hint: str) -> None:
+    if found.passed:
+        return
+    worst = max(found.outputs, key=lambda output: output.difference)
+    raise VerificationError(
+        f"{what} output '{worst.name}' differs from what it was by {worst.difference:.1e} of its largest value, where "
+        f"{found.tolerance:.0e} is allowed ({found.reason})",
+        hint=hint,
+    )
 
 
 def _inputs(

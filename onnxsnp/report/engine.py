@@ -44,6 +44,13 @@ def engine(console: Console, record: Mapping[str, Any]) -> None:
         _line(console, f"  {change['count']} × {change['op']}: {change['why']}")
     for model in (record, *([record["original"]] if record["original"] else [])):
         _line(console, _same(model))
+        if model["parity_fp16"] is not None:
+            half = model["parity_fp16"]
+            _line(
+                console,
+                f"{model['label']}, in half precision in onnxruntime{_top(half)}; largest difference "
+                f"{half['difference']:.1e}, {half['tolerance']:.0e} allowed; the device chooses its layers' precision",
+            )
     for finding in record["lint"]:
         where = f"{finding['node']} ({finding['op']})" if finding["op"] else finding["node"]
         _line(console, f"warning: {where}: {finding['message']}; {finding['remedy']}", style="yellow")
@@ -64,11 +71,14 @@ def engine(console: Console, record: Mapping[str, Any]) -> None:
 
 def _same(model: Mapping[str, Any]) -> str:
     parity = model["parity"]
-    top = {True: ", same top-1", False: ", another top-1", None: ""}[parity["same_top1"]]
     return (
-        f"{model['label']}, lowered: same outputs as {model['source']} in onnxruntime{top}; largest difference "
-        f"{parity['difference']:.1e} of the largest value, {parity['tolerance']:.0e} allowed"
+        f"{model['label']}, lowered: same outputs as {model['source']} in onnxruntime{_top(parity)}; largest "
+        f"difference {parity['difference']:.1e} of the largest value, {parity['tolerance']:.0e} allowed"
     )
+
+
+def _top(parity: Mapping[str, Any]) -> str:
+    return {True: ", same top-1", False: ", another top-1", None: ""}[parity["same_top1"]]
 
 
 def _made(record: Mapping[str, Any]) -> str:

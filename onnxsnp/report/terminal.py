@@ -101,12 +101,14 @@ def fusion(sites: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     kept = sum(site["kept"] for site in sites)
     lines = [f"attention that can be fused: {kept} of {len(sites)} sites"] if kept else []
-    for why in dict.fromkeys(site["why"] for site in sites if not site["kept"]):
-        mine = [site for site in sites if site["why"] == why]
+    others = [site for site in sites if not site["kept"]]
+    for rule in dict.fromkeys(site["rule"] for site in others):
+        mine = [site for site in others if site["rule"] == rule]
         what = "fused attention lost" if any(site.get("before") for site in mine) else "no fused attention"
-        where = "" if len(mine) == len(sites) else f" at {mine[0]['site']}"
-        more = f" and {len(mine) - 1} more" if where and len(mine) > 1 else ""
-        lines.append(f"{what}{where}{more}: {why}")
+        alike = len({site["why"] for site in mine}) == 1
+        where = "" if alike and len(mine) == len(sites) else f" at {mine[0]['site']}"
+        more = f" (and at {len(mine) - 1} more)" if where and len(mine) > 1 else ""
+        lines.append(f"{what}{where}: {mine[0]['why']}{more}")
     return lines
 
 

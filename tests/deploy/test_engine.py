@@ -156,6 +156,29 @@ def test_what_the_target_does_not_take_is_listed_and_nothing_is_written(
     assert all(one.remedy for one in caught.value.findings) and written(tmp_path) == set()
 
 
+def test_fp16_is_compared_in_half_precision_where_the_device_makes_it(here: Path) -> None:
+    nano = onnxsnp.build_engine("small.onnx", target="jetson-nano", output="nano", precision="fp16").record
+    assert nano["parity"]["tolerance"] < 1e-4 and nano["parity"]["difference"] < 1e-5  # the file is in single precision
+    assert 1e-6 < nano["parity_fp16"]["difference"] <= nano["parity_fp16"]["tolerance"] < 0.1
+    plain = onnxsnp.build_engine("small.onnx", target="jetson-nano", output="nano").record
+    assert plain["parity_fp16"] is None
+
+
+def test_a_model_that_overflows_in_half_precision_is_not_made_an_engine_of(here: Path) -> None:
+    model = onnx.load("net.onnx")
+    values = graphs.initializers(model)
+    large = {name: array * 1e6 for name, array in values.items() if name in ("embed.w", "embed.b")}
+    assert len(large) == 2
+    onnx.save(graphs.set_weights(model, large), "large.onnx")
+    before = written(here)
+    onnxsnp.build_engine("large.onnx", target="jetson-nano", output="out")
+    shutil.rmtree("out")
+    Path("out.engine.json").unlink()
+    with pytest.raises(VerificationError, match=r"in half precision, the model's output 'y' .*--precision fp32"):
+        onnxsnp.build_engine("large.onnx", target="jetson-nano", output="out", precision="fp16")
+    assert written(here) == before
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_lowered_model_that_computes_something_else_is_not_written(
     here: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -18,6 +18,7 @@ from onnxsnp.deploy.parity import parity
 from onnxsnp.deploy.targets import BUILT_IN, get_target
 from onnxsnp.planning.plan import GroupPlan, Plan
 from onnxsnp.pruning import prune
+from onnxsnp.report.terminal import fusion
 
 ORIN, NANO = get_target("jetson-orin"), get_target("jetson-nano")
 
@@ -40,7 +41,14 @@ def plan(analysis: Analysis, **kept: int) -> Plan:
 def test_an_attention_that_meets_everything_is_fused() -> None:
     found = fused_attention(analyse_model(model()), ORIN, "fp16")
     assert found == [SiteFusion(f"blocks.{index}.attn", 32, 32, True) for index in range(2)]
-    assert found[0].to_dict() == {"site": "blocks.0.attn", "qk_size": 32, "v_size": 32, "kept": True, "why": ""}
+    assert found[0].to_dict() == {
+        "site": "blocks.0.attn",
+        "qk_size": 32,
+        "v_size": 32,
+        "kept": True,
+        "why": "",
+        "rule": "",
+    }
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,7 @@ def test_a_plan_that_cuts_query_and_key_alone_loses_the_fusion() -> None:
     assert (found[0].qk_size, found[0].v_size) == (24, 32)
     both = fused_attention(analysis, ORIN, "fp16", plan(analysis, qk_0=24, v_0=24, v_1=8, qk_1=8))
     assert [(one.kept, one.why) for one in both] == [(True, ""), (False, "head size 8 is not between 16 and 256")]
+    assert both[1].rule == "size" and found[0].rule == "one size"
 
 
 @pytest.mark.parametrize(("multiple", "widths"), [(1, [16, 24, 32]), (8, [16, 24, 32]), (16, [16, 32]), (12, [24, 32])])
@@ -128,6 +137,20 @@ def test_tied_sizes_are_those_that_stay_fused(multiple: int, widths: list[int]) 
         assert [group.kind for group in tie.groups] == ["qk", "v"]
         for row, after in pairwise(range(len(widths))):
             assert set(tie.at(row).values()) == {widths[row]} != set(tie.at(after).values())
+
+
+def test_sites_that_differ_in_numbers_only_are_told_in_one_line() -> None:
+    sites = [
+        {"site": f"blocks.{index}", "kept": index == 0, "why": f"size {index}", "rule": "size", "before": True}
+        for index in range(4)
+    ]
+    assert fusion(sites) == [
+        "attention that can be fused: 1 of 4 sites",
+        "fused attention lost at blocks.1: size 1 (and at 2 more)",
+    ]
+    same = [{**site, "kept": False, "why": "no kernels", "before": False} for site in sites]
+    assert fusion(same) == ["no fused attention: no kernels"]
+    assert fusion([]) == []
 
 
 OPTIONS = {"samples": 12, "latency": False, "threads": 1, "seed": 1}
