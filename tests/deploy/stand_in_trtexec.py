@@ -164,7 +164,7 @@ def outputs(model, inputs):
 def write_outputs(path, found):
     """Six digits, as C++ streams write them; dimensions with x between."""
     how, sep = SETTINGS.get("run"), "  "
-    with open(path, "w") as stream:
+    with open(path, "w", encoding="utf-8") as stream:
         stream.write("[\n")
         for name, values in found.items():
             flat = [float(value) for value in values.reshape(-1)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from devices import Device
 
@@ -324,6 +325,19 @@ def test_rounds_and_seconds_are_taken(single: Path, device: Device) -> None:
     assert len(runs) == 3 and all("--duration=7" in call for call in runs)
     assert device.build(single).returncode == 0
     assert results(single)["models"]["pruned"]["rounds"] == 1  # the times of the run before do not count
+
+
+def test_names_beyond_ascii_do_not_stop_a_plain_terminal(
+    pair: list[BundleModel], tmp_path: Path, device: Device
+) -> None:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(pair[0].proto)
+    proto.graph.output[0].name = proto.graph.node[-1].output[0] = "größe"
+    model = replace(pair[0], proto=proto, reference={"größe": pair[0].reference["y"]})
+    write_bundle(tmp_path / "b", [model], NANO, timing=replace(QUICK, rounds=1))
+    device.play(run="wrong_output")
+    done = device.build(tmp_path / "b", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    assert done.returncode == 1 and "the output gr\\xf6\\xdfe of pruned differs" in done.stderr
 
 
 def test_results_are_asked_for_before_there_are_any(single: Path) -> None:

@@ -45,7 +45,10 @@ interrupted() {
     trap '' INT TERM HUP
     if [ -n "$child" ]; then
         kill -TERM "$child" 2>/dev/null
+        { sleep 3; kill -KILL "$child"; } >/dev/null 2>&1 & # a process that has just begun may miss the first signal
+        killer=$!
         wait "$child" 2>/dev/null
+        kill "$killer" 2>/dev/null
     fi
     echo "build.sh: interrupted; finished engines stay, nothing half-written does" >&2
     exit 130
@@ -228,8 +231,12 @@ digest() { # file
 run() { # log command...
     log=$1
     shift
+    pending=0
+    trap 'pending=1' INT TERM HUP # until it is known what to stop
     "$@" >"$log" 2>&1 &
     child=$!
+    trap interrupted INT TERM HUP
+    [ "$pending" = 0 ] || interrupted
     wait "$child"
     status=$?
     child=""
@@ -266,8 +273,8 @@ ran_out_of_memory() { # status log
     grep -qiE 'out ?of ?memory|insufficient memory|cuda failure: 2|bad_alloc|cannot allocate memory|enough (free )?memory' "$2"
 }
 
-last_error() { # log
-    grep -E '\[E\]|Unknown option|rror:' "$1" | head -n 1
+first_error() { # log
+    grep -E '\[E\]|rror:' "$1" | head -n 1 | sed 's/^.*\[E\] */: /' | cut -c 1-300
 }
 
 build() { # label
@@ -294,8 +301,7 @@ build() { # label
             die "trtexec wrote no engine of $1; its output is in $folder/build.log"
         fi
         if ! ran_out_of_memory "$status" "$folder/build.log"; then
-            say "$(last_error "$folder/build.log")"
-            die "trtexec could not build $1 (status $status); its output is in $folder/build.log"
+            die "trtexec could not build $1 (status $status$(first_error "$folder/build.log")); its output is in $folder/build.log"
         fi
         say "$1: out of memory with this workspace"
     done
@@ -327,8 +333,7 @@ time_model() { # label round
     run "$folder/run.$round.log" "$trtexec" "$@"
     status=$?
     if [ "$status" != 0 ] || [ ! -s "$part" ]; then
-        say "$(last_error "$folder/run.$round.log")"
-        die "trtexec could not run $label (status $status); its output is in $folder/run.$round.log"
+        die "trtexec could not run $label (status $status$(first_error "$folder/run.$round.log")); its output is in $folder/run.$round.log"
     fi
     mv "$part" "$folder/times.$round.json" || die "cannot write into $folder"
     part=""

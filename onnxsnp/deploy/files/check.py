@@ -295,16 +295,22 @@ def main(arguments: List[str]) -> int:
         with open(path + ".part", "w", encoding="utf-8") as stream:
             json.dump(found, stream, indent=1)
         os.replace(path + ".part", path)
-        print("\n".join(table(found)))
+        tell("\n".join(table(found)), sys.stdout)
         problems = found["problems"]
     for problem in problems:
-        print("check.py: " + problem, file=sys.stderr)
+        tell("check.py: " + problem, sys.stderr)
     return 1 if problems else 0
+
+
+def tell(text: str, stream: Any) -> None:
+    """Devices often have a terminal of plain ASCII, and names in models may be anything."""
+    code = stream.encoding or "ascii"
+    stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except Broken as trouble:
-        print("check.py: {}".format(trouble), file=sys.stderr)
+        tell("check.py: {}".format(trouble), sys.stderr)
         sys.exit(1)
