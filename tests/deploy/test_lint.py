@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from one_node import noise
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxsnp.deploy.lint import Finding, lint
 from onnxsnp.deploy.targets import BUILT_IN, Target
