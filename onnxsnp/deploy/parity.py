@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnxsnp import model as model_files
 from onnxsnp.analysis import Analysis
 from onnxsnp.errors import ModelError
-from onnxsnp.graph.ir import Graph, SharedSession
+from onnxsnp.graph.ir import Graph, SharedSession, attribute
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.graph.precision import is_float
 from onnxsnp.graph.quantised import is_quantised
@@ -157,10 +158,19 @@ def _tolerance(original: Graph, precision: str) -> tuple[float, str]:
         return HALF, "the lowered model computes in half precision"
     if any(is_quantised(node) for node in original.nodes):
         return QUANTISED, "the original is quantised: numbers at the edge of two steps may fall to either"
-    weights = [array.dtype for array in original.weights.values() if array.ndim > 1]
-    if any(dtype == np.float16 for dtype in weights):
+    if _has_half(original):
         return HALF, "the original computes in half precision, in part"
     return SINGLE, "single precision"
+
+
+def _has_half(graph: Graph) -> bool:
+    """Whether a model holds, takes, gives or makes numbers of half precision."""
+    declared = [*graph.shell.graph.input, *graph.shell.graph.output]
+    return (
+        any(array.dtype == np.float16 for array in graph.weights.values())
+        or any(value.type.tensor_type.elem_type == TensorProto.FLOAT16 for value in declared)
+        or any(node.op_type == "Cast" and attribute(node, "to") == TensorProto.FLOAT16 for node in graph.nodes)
+    )
 
 
 def _compare(name: str, expected: np.ndarray, found: np.ndarray) -> OutputParity:

@@ -85,6 +85,13 @@ class Site(Writer):
         taken = takes(op, self.target.tensorrt) and onnx.defs.has(op, self.opset)
         return taken and (dtype is None or kind_of(dtype) in element_kinds(op, self.target.tensorrt))
 
+    def add(self, op: str, *inputs: str, into: str = "", **attributes: Any) -> str:
+        """Append a node; what gives the output by the same operator keeps the name too."""
+        if op != self.node.op_type or into != self.output_name:
+            return super().add(op, *inputs, into=into, **attributes)
+        self.emit(op, inputs, [into], self.node.name, **attributes)
+        return into
+
     def again(self, *inputs: str, **attributes: Any) -> None:
         """The same operator with other inputs and attributes, all outputs as they were."""
         self.emit(self.node.op_type, inputs, list(self.node.output), name=self.node.name, **attributes)
