@@ -92,7 +92,9 @@ def bundle(job: Job) -> Outcome:
 
 def _bundle(job: Job) -> dict[str, Any]:
     job.progress("write the bundle", 0, 0)
-    models = [BundleModel(one.label, one.lowered.proto, one.feed, one.reference) for one in job.models]
+    models = [
+        BundleModel(one.label, one.lowered.proto, one.feed, one.reference, one.lowered.keep_fp32) for one in job.models
+    ]
     return write_bundle(job.output, models, job.target, job.precision, timing=job.timing)
 
 

@@ -10,6 +10,7 @@ on the device (`trtexec`, a shell, and Python 3.6 where there is one).
     settings.sh          what build.sh needs to know of the target
     LABEL/model.onnx     a model, "pruned" or "original"
     LABEL/inputs.txt     its inputs as `trtexec --loadInputs` takes them (inputs32.txt where integers have 32 bits)
+    LABEL/precisions.txt layers that fp16 would overflow, as `trtexec --layerPrecisions` takes them, if there are any
     LABEL/inputs/N.bin   the inputs, raw and little-endian
     LABEL/outputs/N.bin  the reference outputs, likewise
 """
@@ -50,12 +51,14 @@ class BundleModel:
         proto: lowered, with static shapes and its weights inside.
         feeds: an input of each name, in the shapes and types of the model.
         reference: what onnxruntime gives for the feeds; outputs that are not here are not compared.
+        keep_fp32: nodes that a build with fp16 computes in single precision (TensorRT 8.4 to 10).
     """
 
     label: str
     proto: onnx.ModelProto
     feeds: Mapping[str, np.ndarray]
     reference: Mapping[str, np.ndarray] = field(default_factory=dict)
+    keep_fp32: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,8 @@ def _write_model(part: Path, model: BundleModel) -> dict[str, Any]:
         narrow.append(f"{name}:{path}")
     (folder / "inputs.txt").write_text(",".join(wide) + "\n", encoding="utf-8")
     (folder / "inputs32.txt").write_text(",".join(narrow) + "\n", encoding="utf-8")
+    if model.keep_fp32:
+        (folder / "precisions.txt").write_text(",".join(f"{name}:fp32" for name in model.keep_fp32) + "\n")
     outputs = []
     for number, (name, array) in enumerate(model.reference.items()):
         path = f"{model.label}/outputs/{number}.bin"

@@ -118,6 +118,8 @@ def build(
         if keep_fp32:
             config.set_flag(library.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
             _keep(library, network, set(keep_fp32))
+    if precision == "fp32":
+        config.clear_flag(library.BuilderFlag.TF32)  # which has the mantissa of fp16, and is on unless it is taken off
     watch(library, config, progress)
     data = builder.build_serialized_network(network, config)
     del parser  # it owns the weights that the network refers to

@@ -52,6 +52,7 @@ SINCE = {  # first and last version that knows it
     "--skipInference": ((8, 6), (99,), False),
     "--fp16": ((8, 0), (11,), False),
     "--layerPrecisions": ((8, 4), (11,), True),
+    "--precisionConstraints": ((8, 4), (11,), True),
     "--stronglyTyped": ((10,), (99,), False),
     "--includeDataTransfers": ((11,), (99,), False),
     "--noCudaGraph": ((11,), (99,), False),

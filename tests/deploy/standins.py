@@ -121,8 +121,14 @@ class _Builder:
         class Config:
             __slots__ = tuple(names)
 
+            def __init__(self) -> None:
+                self.flags = ["TF32"]
+
             def set_flag(self, flag: Any) -> None:
-                self.flags = [*getattr(self, "flags", []), flag.name]
+                self.flags = [*self.flags, flag.name]
+
+            def clear_flag(self, flag: Any) -> None:
+                self.flags = [name for name in self.flags if name != flag.name]
 
         if self._release >= (8, 4):
             Config.set_memory_pool_limit = lambda self, pool, size: None  # type: ignore[attr-defined]
@@ -142,7 +148,7 @@ class _Builder:
             self._log.log(_Logger.ERROR, "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (out of memory)")
             return None
         kept = [layer.name for layer in network.layers if layer.precision is not None]
-        self._library.built.append({"network": network.flags, "flags": getattr(config, "flags", []), "kept": kept})
+        self._library.built.append({"network": network.flags, "flags": config.flags, "kept": kept})
         head = json.dumps({"version": self._release}).encode()
         return memoryview(head + b"\n" + network.model)
 

@@ -91,6 +91,21 @@ def test_fp16_is_asked_for_with_an_option_until_11(
     assert newer.returncode == 1 and "takes the precision from the model" in newer.stderr
 
 
+@pytest.mark.parametrize(("version", "knows"), [("8.2.1", False), ("8.5.2", True), ("8.6.2", True), ("10.3.0", True)])
+def test_layers_that_fp16_would_overflow_are_kept_where_trtexec_can(
+    pair: list[BundleModel], tmp_path: Path, make_device: Callable[..., Device], version: str, knows: bool
+) -> None:
+    model = replace(pair[0], keep_fp32=["/layer/norm/Pow", "/layer/norm/Mean"])
+    for precision in ("fp16", "fp32"):
+        write_bundle(tmp_path / precision, [model], profile(version), precision, timing=replace(QUICK, rounds=1))
+    device = make_device(version=version)
+    for precision in ("fp16", "fp32"):
+        assert device.build(tmp_path / precision).returncode == 0
+    half, _, single, _ = (set(call.split()) for call in device.calls())
+    wanted = {"--precisionConstraints=obey", "--layerPrecisions=/layer/norm/Pow:fp32,/layer/norm/Mean:fp32"}
+    assert (wanted <= half) == knows and not wanted & single and (knows or not wanted & half)
+
+
 def test_before_and_after_are_timed_in_turn_and_summed_up(bundle: Path, device: Device) -> None:
     done = device.build(bundle)
     assert done.returncode == 0 and "speed-up" in done.stdout

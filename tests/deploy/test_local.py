@@ -62,12 +62,12 @@ def test_every_release_builds_runs_and_gives_what_onnxruntime_gives(version: str
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_fp16_is_a_flag_below_11_and_in_the_model_from_then_on(version: str) -> None:
+def test_fp16_is_a_flag_below_11_and_fp32_is_no_tf32(version: str) -> None:
     library = standins.tensorrt(version, standins.Cuda())
     local.build(library, tiny(), "fp16")
     local.build(library, tiny(), "fp32")
     major = int(version.split(".")[0])
-    assert [one["flags"] for one in library.built] == [["FP16"] if major < 11 else [], []]
+    assert [one["flags"] for one in library.built] == [["TF32", "FP16"] if major < 11 else ["TF32"], []]
     network = {8: 1, 10: 0, 11: 2}[major]  # explicit batch, nothing, strongly typed
     assert {one["network"] for one in library.built} == {network}
 
@@ -77,7 +77,7 @@ def test_layers_that_fp16_would_overflow_stay_in_single_precision() -> None:
     local.build(library, tiny(), "fp16", keep_fp32=["act"])
     local.build(library, tiny(), "fp32", keep_fp32=["act"])
     assert [one["kept"] for one in library.built] == [["act", "act_7"], []]
-    assert [one["flags"] for one in library.built] == [["FP16", "OBEY_PRECISION_CONSTRAINTS"], []]
+    assert [one["flags"] for one in library.built] == [["TF32", "FP16", "OBEY_PRECISION_CONSTRAINTS"], []]
 
 
 @pytest.mark.parametrize("version", RELEASES)

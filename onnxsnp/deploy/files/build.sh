@@ -264,6 +264,9 @@ build_with() { # label workspace
         set -- "$@" "--memPoolSize=workspace:$workspace"
     fi
     if [ "$PRECISION" = fp16 ] && [ "$dialect" != 11 ]; then set -- "$@" --fp16; fi
+    if [ "$PRECISION" = fp16 ] && [ "$dialect" != 8.2 ] && [ "$dialect" != 11 ] && [ -f "$label/precisions.txt" ]; then
+        set -- "$@" --precisionConstraints=obey "--layerPrecisions=$(cat "$label/precisions.txt")"
+    fi
     if [ "$PRECISION" = fp32 ] && [ "$tf32" = 0 ]; then set -- "$@" --noTF32; fi
     run "results/$label/build.log" "$trtexec" "$@"
 }
