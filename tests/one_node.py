@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxsnp.deploy.importer import import_model, open_log
 from onnxsnp.deploy.lint import lint
 from onnxsnp.deploy.lower import lower
 from onnxsnp.deploy.parity import parity
@@ -73,6 +76,25 @@ def assert_lowered(
     found = parity(model, lowered, feeds)
     assert found.passed, found
     return lowered
+
+
+def assert_imported(model: onnx.ModelProto) -> None:
+    """The importer of TensorRT for RTX, where it is installed, reads the model; it needs no GPU."""
+    if find_spec("tensorrt_rtx") is None:
+        return
+    library, log, builder = _rtx()
+    log.errors.clear()
+    network = builder.create_network()
+    parser = import_model(library, network, log, model, "TensorRT for RTX")
+    assert network.num_layers and parser.num_errors == 0
+
+
+@functools.cache
+def _rtx() -> tuple[Any, Any, Any]:
+    import tensorrt_rtx
+
+    log = open_log(tensorrt_rtx)
+    return tensorrt_rtx, log, tensorrt_rtx.Builder(log)
 
 
 def _value(name: str, array: np.ndarray) -> onnx.ValueInfoProto:

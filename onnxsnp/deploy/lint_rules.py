@@ -228,6 +228,14 @@ def _quantise(node: NodeProto, place: Place) -> Iterator[Problem]:
         yield Problem("quantise-hardware", message, "use the model as it was before quantisation", warning=True)
 
 
+def _scatter(node: NodeProto, place: Place) -> Iterator[Problem]:
+    """ScatterND overwrites (docs/operators.md of 10.0); ScatterElements has its reduction from 10.0 on (changelog)."""
+    way = (attribute(node, "reduction") or b"none").decode()
+    if way != "none" and (node.op_type == "ScatterND" or place.version < (10,)):
+        message = f"combines by {way}, which this importer ignores: it silently overwrites"
+        yield Problem("scatter-reduction", message, "combine the numbers by other operators")
+
+
 def _control(node: NodeProto, place: Place) -> Iterator[Problem]:
     message = f"{node.op_type} runs parts of the model as its inputs say, which cannot be checked here to the end"
     yield Problem("control-flow", message, "export the model with fixed sizes, or without control flow", warning=True)
@@ -267,6 +275,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "Reshape": (_allowzero,),
     "Resize": (_resize, _constant(2, "scales", (8, 5))),
     "Scan": (_control,),
+    "ScatterElements": (_scatter,),
+    "ScatterND": (_scatter,),
     "Shape": (_shape_range,),
     "Slice": (_constant(3, "axes", (10, 3)),),  # tensors from 10.3 on (changelog)
     "Squeeze": (_AXES,),

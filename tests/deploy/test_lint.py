@@ -247,6 +247,20 @@ CASES: list[tuple[str, onnx.ModelProto, Target, onnx.ModelProto, Target]] = [
         T86,
     ),
     ("trilu-rank", model("Trilu", [(1, 2, 3, 3)], opset=14), XAVIER, model("Trilu", [(1, 2, 3, 3)], opset=14), T86),
+    (
+        "scatter-reduction",
+        model("ScatterND", [S, (1, 1), (1, 3, 4)], opset=16, kinds=(F, I64, F), reduction="add"),
+        ORIN,
+        model("ScatterND", [S, (1, 1), (1, 3, 4)], opset=16, kinds=(F, I64, F), reduction="none"),
+        ORIN,
+    ),
+    (
+        "scatter-reduction",
+        model("ScatterElements", [S, S, S], opset=16, kinds=(F, I64, F), reduction="add"),
+        T86,
+        model("ScatterElements", [S, S, S], opset=16, kinds=(F, I64, F), reduction="add"),
+        ORIN,
+    ),
     ("gemm-rank", model("Gemm", [S, (4, 2)]), NANO, model("Gemm", [(3, 4), (4, 2)]), NANO),
     (
         "topk-size",

@@ -166,6 +166,27 @@ def test_an_if_on_values_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "feeds", "weights"),
+    [
+        ("NonZero", {"x": noise(2, 3)}, {}),
+        ("Slice", {"x": noise(5), "s": np.asarray([1]), "e": np.asarray([3])}, {}),
+        ("Reshape", {"x": noise(6), "s": np.asarray([1, 1, 6])}, {}),
+        ("Expand", {"x": noise(1), "s": np.asarray([1])}, {}),
+    ],
+)
+def test_sizes_that_follow_from_values_are_refused_in_one_line(
+    op: str, feeds: dict[str, np.ndarray], weights: dict[str, np.ndarray]
+) -> None:
+    """One run would show one of them, and a model with that written into it would be wrong for other inputs."""
+    model = node_model(op, feeds, weights, opset=13)
+    if op == "Reshape":
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(ModelError, match=rf"the size of what {op} gives depends on .* \(at node\); export"):
+        lower(model, ORIN)
+
+
+@pytest.mark.parametrize(
     ("target", "opset"),
     [
         (NANO, 13),

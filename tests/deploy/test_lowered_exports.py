@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from one_node import assert_imported
+from onnx import TensorProto
 
 from onnxsnp.deploy.lint import lint
 from onnxsnp.deploy.lower import emitted_opset, lower
@@ -90,6 +92,22 @@ def test_a_lowered_export_is_taken_and_computes_the_same(name: str, target: str)
     assert bool(errors) == (name in REFUSED)
     found = parity(FOLDER / name, lowered, inputs)
     assert found.passed, found
+    if target == "jetson-orin" and name not in REFUSED:  # its importer is close to the one that can be had here
+        assert_imported(lowered)
+
+
+@pytest.mark.parametrize("name", FILES[::3], ids=[Path(name).stem for name in FILES[::3]])
+def test_an_export_in_half_precision_is_valid_and_close(name: str) -> None:
+    inputs = feeds(name)
+    sizes = {key: array.shape for key, array in inputs.items()}
+    if name == WHOLE or name in REFUSED:
+        pytest.skip("cannot be lowered")
+    lowered = lower(FOLDER / name, BUILT_IN["rtx"], precision="fp16", input_shapes=sizes).proto
+    onnx.checker.check_model(lowered, full_check=True)
+    assert TensorProto.FLOAT16 in {tensor.data_type for tensor in lowered.graph.initializer}
+    found = parity(FOLDER / name, lowered, inputs, "fp16")
+    assert found.passed, found
+    assert_imported(lowered)
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import TARGETS, assert_lowered, node_model, noise, ops
 from onnx import numpy_helper
+
+from onnxsnp.deploy.lint import lint
+from onnxsnp.deploy.lower import lower
+from onnxsnp.deploy.targets import BUILT_IN
 
 every_target = pytest.mark.parametrize("target", TARGETS)
 I8 = np.int64
@@ -337,6 +343,41 @@ def test_images_are_resized_in_every_opset(
 ) -> None:
     op = "Upsample" if opset == 9 else "Resize"
     assert ops(assert_lowered(node_model(op, IMAGE, weights, opset=opset, **extra), IMAGE, target)) == ["Resize"]
+
+
+ROIS = {"r": np.asarray([[0.3, 0.2, 4.1, 4.6]], np.float32), "b": ints(0)}
+
+
+def test_regions_keep_the_coordinates_of_their_opset() -> None:
+    old = node_model("RoiAlign", IMAGE, ROIS, opset=11, output_height=2, output_width=2)
+    lowered = assert_lowered(old, IMAGE, "jetson-xavier")
+    assert attributes(lowered, "RoiAlign")[0]["coordinate_transformation_mode"] == b"output_half_pixel"
+    new = node_model("RoiAlign", IMAGE, ROIS, opset=16, output_height=2, output_width=2)
+    assert_lowered(new, IMAGE, "jetson-xavier")
+    found = lint(lower(new, replace(BUILT_IN["jetson-xavier"], opset=13)).proto, BUILT_IN["jetson-xavier"])
+    assert [one.rule for one in found if one.severity == "error"] == ["form"]
+
+
+def test_what_an_opset_has_no_form_for_stays_and_lint_names_it() -> None:
+    weights = {"i": ints(0).reshape(1, 1), "u": noise(1, 3, 4)}
+    model = node_model("ScatterND", X, weights, opset=16, reduction="add")
+    found = lint(lower(model, BUILT_IN["jetson-nano"]).proto, BUILT_IN["jetson-nano"])
+    assert {(one.rule, one.op) for one in found} == {("form", "ScatterND"), ("scatter-reduction", "ScatterND")}
+    assert_lowered(node_model("ScatterND", X, weights, opset=16, reduction="none"), X)
+
+
+def test_scatter_has_another_name() -> None:
+    weights = {"i": np.zeros((1, 3, 4), I8), "u": noise(1, 3, 4)}
+    assert ops(assert_lowered(node_model("Scatter", X, weights, opset=9), X)) == ["ScatterElements"]
+
+
+@pytest.mark.parametrize("opset", [16, 20])
+def test_grids_are_sampled_in_the_words_of_the_opset(opset: int) -> None:
+    mode = "linear" if opset == 20 else "bilinear"
+    feeds = {**IMAGE, "g": noise(1, 3, 3, 2)}
+    model = node_model("GridSample", feeds, opset=opset, mode=mode)
+    assert attributes(assert_lowered(model, feeds, "jetson-xavier"), "GridSample")[0]["mode"] == b"bilinear"
+    assert attributes(assert_lowered(model, feeds, "jetson-orin"), "GridSample")[0]["mode"] == b"linear"
 
 
 @pytest.mark.parametrize("op", ["AveragePool", "MaxPool"])

@@ -61,10 +61,23 @@ def _pool(s: Site) -> str | None:
     return "importers pool over two or three axes"
 
 
+def _roi_align(s: Site) -> str | None:
+    """Up to opset 15 without the shift by half a pixel, from 16 on with it unless told otherwise."""
+    given = s.text("coordinate_transformation_mode", "half_pixel" if s.source >= 16 else "output_half_pixel")
+    if (s.source >= 16) == (s.opset >= 16):
+        return None
+    settings = s.settings("coordinate_transformation_mode")
+    if s.opset >= 16 or given != "output_half_pixel":  # below 16 there is no way to write it, and `lint` says so
+        settings["coordinate_transformation_mode"] = given
+    s.again(*s.node.input, **settings)
+    return "its coordinates have another default"
+
+
 RULES: dict[str, Rule] = {
     "AveragePool": _pool,
     "LpPool": _pool,
     "MaxPool": _pool,
     "Resize": _resize,
+    "RoiAlign": _roi_align,
     "Upsample": _upsample,
 }

@@ -115,6 +115,12 @@ def _top_k(s: Site) -> str | None:
     return "k is an input"
 
 
+def _scatter(s: Site) -> str | None:
+    """ScatterElements under the name it had before opset 11."""
+    s.add("ScatterElements", *s.node.input, into=s.output_name, **s.settings())
+    return "it has another name"
+
+
 def _same(s: Site) -> str | None:
     s.alias = s.data
     return "it does nothing"
@@ -136,6 +142,7 @@ RULES: dict[str, Rule] = {
     "Identity": _same,
     "Pad": _pad,
     "Reshape": _reshape,
+    "Scatter": _scatter,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,

@@ -109,6 +109,7 @@ def settle(graph: Graph) -> tuple[Probe, int]:
         if not _take_branches(graph):
             break
         measured = probe(graph)
+    _check_sizes(graph)
     for node in graph.nodes:
         if subgraph_reads(node) or any(entry.type == onnx.AttributeProto.GRAPH for entry in node.attribute):
             raise ModelError(
@@ -117,6 +118,30 @@ def settle(graph: Graph) -> tuple[Probe, int]:
                 hint="export the model with fixed sizes, or without control flow",
             )
     return measured, before - len(graph.nodes)
+
+
+_SIZED_BY_VALUES = {"Compress", "NonMaxSuppression", "NonZero", "StringSplit", "Unique"}
+_SIZE_SLOTS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Expand", "OneHot", "Pad", "Reshape", "Split", "Tile", "TopK", "Upsample"), (1,)),
+    "ConstantOfShape": (0,),
+    "Range": (0, 1, 2),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+}
+
+
+def _check_sizes(graph: Graph) -> None:
+    """Refuse sizes that follow from what the inputs hold: those that were measured would hold for one input only."""
+    for node in graph.nodes:
+        slots = _SIZE_SLOTS.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ()
+        computed = [node.input[slot] for slot in slots if slot < len(node.input) and node.input[slot]]
+        if node.op_type in _SIZED_BY_VALUES or any(name not in graph.weights for name in computed):
+            raise ModelError(
+                f"the size of what {node.op_type} gives depends on what the model's inputs hold, an engine has fixed "
+                "sizes",
+                node=node.name,
+                hint="export the model without it, for example with padding to a fixed length",
+            )
 
 
 def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
