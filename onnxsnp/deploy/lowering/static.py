@@ -86,7 +86,7 @@ def _size(name: str, axis: int, symbol: str, symbols: Mapping[str, int]) -> int:
         if one not in symbols:
             raise ModelError(
                 f"axis {axis} of the input '{name}' has the free size '{symbol or '?'}', an engine needs a fixed one",
-                hint=f"give it with --input-shape {name}=...",
+                hint=f"give it with --input-shape {name}:SIZExSIZE, all its sizes, for example {name}:1x128",
             )
         return symbols[one]
 
