@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import graphs
@@ -208,3 +209,20 @@ def test_attentions_that_were_never_fused_are_not_tied() -> None:
     found = record["target"]["fused_attention"]
     assert record["target"]["name"] == "mine"
     assert [(one["before"], one["kept"]) for one in found] == [(False, False)] * 2
+
+
+def test_query_groups_that_share_keys_are_tied_too() -> None:
+    proto = graphs.grouped(qk=32, v=32, width=48)
+    record = prune(proto, 0.3, target="jetson-orin", calibration={"x": graphs.calibration(proto, 24)["x"]}, **OPTIONS)
+    sizes = {one["id"]: one["after"] for one in record.record["groups"]}
+    assert sizes["qk.0"] == sizes["v.0"] == 24 and record.record["target"]["fused_attention"][0]["kept"]
+
+
+def test_sizes_of_rotated_pairs_are_counted_in_neurons(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = analyse_model(exports / "families" / "text_llama_ts17_dyn.onnx")
+    assert [one.qk_size for one in fused_attention(analysis, ORIN, "fp16")] == [8, 8]
+    monkeypatch.setattr("onnxsnp.deploy.fusion.LEAST", 2)  # its heads are too small to be fused
+    monkeypatch.setattr("onnxsnp.deploy.fusion.STEP", 2)
+    for tie in ties(analysis, ORIN, "fp16", 1):
+        assert [group.together for group in tie.groups] == [2, 1]
+        np.testing.assert_array_equal(tie.widths, [[1, 2], [2, 4], [3, 6], [4, 8]])
