@@ -61,17 +61,6 @@ InputShape = Annotated[
 ]
 
 
-TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE.toml",
-        rich_help_panel=_METHOD,
-        help="Where the model will run (onnxsnp engine --list-targets): widths suit its hardware, and keep the sizes "
-        "of query, key and value one where it fuses attention.",
-    ),
-]
-
-
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Options that stand before the verb."""
@@ -212,7 +201,15 @@ def prune(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    target: TargetOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="Where the model will run (onnxsnp engine --list-targets): widths suit its hardware, and the sizes of "
+            "query, key and value stay one where it fuses attention.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -389,7 +386,14 @@ def engine(
     model: Annotated[
         Path | None, typer.Argument(metavar="MODEL", help="An .onnx file, pruned or not.", show_default=False)
     ] = None,
-    target: TargetOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="The device: a profile by name (see --list-targets), or a TOML file with one.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
