@@ -452,7 +452,7 @@ def engine(
     """Make an engine for a device, or the folder to build it from there: TensorRT 8.2 to 11, Jetson, RTX."""
 
     def work() -> None:
-        from onnxsnp.report import engine as report
+        from onnxsnp.report import deployment as report
 
         if list_targets:
             from onnxsnp.deploy.targets import BUILT_IN

@@ -106,6 +106,8 @@ def _measured(console: Console, record: Mapping[str, Any]) -> None:
             change = [f"{after[name] / before[name] - 1:+.1%}"] if before else []
             shown.add_row(name, *old, f"{after[name]:.2f} ms", *change)
         console.print(shown)
+    if record["engine"] is not None and record["engine"].get("fused_attention"):
+        _line(console, f"fused attention, by the device's log: {record['engine']['fused_attention']}")
     for output in record["outputs"] or []:
         said = "agrees with" if output["passed"] else "DIFFERS from"
         _line(
