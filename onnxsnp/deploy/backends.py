@@ -16,7 +16,7 @@ from onnxsnp.atomic import whole_folder
 from onnxsnp.deploy import local, rtx
 from onnxsnp.deploy.bundle import TOLERANCE, BundleModel, Timing, has_half, refuse_foreign, write_bundle
 from onnxsnp.deploy.cuda import Cuda
-from onnxsnp.deploy.library import Built, open_log
+from onnxsnp.deploy.importer import Built, open_log
 from onnxsnp.deploy.prepare import Ready
 from onnxsnp.deploy.remote import run_remote
 from onnxsnp.deploy.results import read_results

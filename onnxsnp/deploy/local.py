@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from onnxsnp.deploy.cuda import Cuda, Gpu, open_cuda
-from onnxsnp.deploy.library import Built, Progress, failed_build, import_model, open_log, version_of, watch
+from onnxsnp.deploy.importer import Built, Progress, failed_build, import_model, open_log, version_of, watch
 from onnxsnp.deploy.targets import Target
 from onnxsnp.errors import ModelError, OnnxSnpError, PlanError
 

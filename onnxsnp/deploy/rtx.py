@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from onnxsnp.deploy.library import Built, Progress, failed_build, import_model, open_log, watch
+from onnxsnp.deploy.importer import Built, Progress, failed_build, import_model, open_log, watch
 from onnxsnp.errors import ModelError, PlanError
 
 MODULE = "tensorrt_rtx"

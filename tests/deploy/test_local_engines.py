@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from onnxsnp.deploy import cuda as cuda_module
 from onnxsnp.deploy import local
 from onnxsnp.deploy.cuda import Gpu, open_cuda
-from onnxsnp.deploy.library import open_log
+from onnxsnp.deploy.importer import open_log
 from onnxsnp.deploy.running import measure, running
 from onnxsnp.deploy.targets import get_target
 from onnxsnp.errors import ModelError, PlanError
