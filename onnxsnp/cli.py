@@ -145,7 +145,7 @@ def prune(
         str,
         typer.Option(
             help="What --ratio is a share of with --allocation auto: macs, params, or latency (of one sample, measured "
-            "on this machine).",
+            "on this machine, or on --host).",
             rich_help_panel=_METHOD,
         ),
     ] = "macs",
@@ -155,6 +155,14 @@ def prune(
             metavar="FILE",
             help="With --of latency: the times of the model's layers, from another run or device; where there is no "
             "such file yet they are measured and written there.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER@DEVICE",
+            help="With --of latency and --target: measure the layers on this device, by ssh and with its own TensorRT.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -263,6 +271,7 @@ def prune(
                 allocation=allocation,
                 of=of,
                 latency_table=latency_table,
+                host=host,
                 latency=not no_latency,
                 scope=scope,
                 compensation=compensation,

@@ -28,6 +28,7 @@ class Options:
     allocation: str = "auto"
     of: str = "macs"
     latency_table: str | Path | None = None
+    host: str | None = None
     scope: str | Sequence[str] | None = None
     compensation: str = "full"
     criterion: str = "snp"
@@ -87,6 +88,8 @@ class Options:
             raise unknown("cost", self.of, COSTS)
         if self.latency_table is not None and self.of != "latency":
             raise PlanError(f"a latency table says nothing about {self.of}", hint="add --of latency")
+        if self.host is not None:
+            self._check_host()
         if self.provider not in ("cpu", "cuda"):
             raise unknown("provider", self.provider, ("cpu", "cuda"))
         if self.precision is not None:
@@ -108,3 +111,11 @@ class Options:
         if precision not in self.device.precisions:
             has = ", ".join(self.device.precisions)
             raise PlanError(f"{self.device.name} does not run {precision}", hint=f"it has {has}")
+
+    def _check_host(self) -> None:
+        if self.of != "latency":
+            raise PlanError("a device is there to measure latency", hint="add --of latency, or leave --host out")
+        if self.device is None:
+            raise PlanError("layers are built for a target", hint="add --target, for example jetson-nano")
+        if self.device.runtime != "tensorrt":
+            raise PlanError(f"{self.device.name} has no trtexec to measure with by ssh", hint="use another --target")

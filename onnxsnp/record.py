@@ -20,6 +20,7 @@ def settings(options: Options, data: Dataset) -> dict[str, Any]:
         "allocation": options.allocation,
         "of": options.of,
         "latency_table": None if options.latency_table is None else str(options.latency_table),
+        "host": options.host,
         "scope": scope,
         "criterion": options.criterion,
         "compensation": options.compensation,
@@ -65,6 +66,7 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
         "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
         "skipped": data.skipped_count,
         "target": _target(analysis, plan, options),
+        "planned_for": None if analysis.cost.latency is None else analysis.cost.latency.machine,
     }
 
 
