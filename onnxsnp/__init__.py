@@ -4,7 +4,8 @@
     >>> result = onnxsnp.prune("model.onnx", 0.3, calibration="images/", output="model.pruned.onnx")
     >>> result.record["after"]["macs"]
 
-The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `evaluate`, `bench`.
+The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `evaluate`, `bench`,
+`engine` as `build_engine`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from onnxsnp._version import __version__
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis, Inspection, analyse_model, inspect
+    from onnxsnp.deploy.engine import EngineResult, build_engine
+    from onnxsnp.deploy.targets import Target, get_target
     from onnxsnp.errors import DataError, ModelError, OnnxSnpError, PlanError, VerificationError
     from onnxsnp.evaluation.accuracy import Evaluation
     from onnxsnp.evaluation.latency import Latency
@@ -29,6 +32,10 @@ _WHERE = {
     "Inspection": "analysis",
     "analyse_model": "analysis",
     "inspect": "analysis",
+    "EngineResult": "deploy.engine",
+    "build_engine": "deploy.engine",
+    "Target": "deploy.targets",
+    "get_target": "deploy.targets",
     "DataError": "errors",
     "ModelError": "errors",
     "OnnxSnpError": "errors",

@@ -54,9 +54,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Write into a hidden folder beside `path`, which takes its place only if the block ends without an error.
+    """Write into a new folder, which takes the place of `path` only if the block ends without an error.
 
-    What was there before is removed once the new folder is in its place, and comes back if that fails.
+    What was there before is removed once the new folder is in its place, and comes back if that fails. A program that
+    is killed leaves its folder behind (hidden, ending in .part); the next that writes to the same place removes it, and
+    puts back what was there if the kill came between the two.
 
     Raises:
         ModelError: the parent is missing or cannot be written to, or the disk is full.
@@ -65,27 +67,45 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     if not target.parent.is_dir():
         raise ModelError(f"output folder does not exist: {target.parent}", hint="create it first")
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+        work, handle = _begin_folder(target)
     except OSError as error:
         raise ModelError(
             f"cannot write into {target.parent}: {error.strerror}", hint="choose another output with -o"
         ) from error
     try:
-        part, old = work / "new", work / "old"
-        part.mkdir()
-        yield part
+        yield work / "new"
         if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(part, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
+            os.replace(target, work / "old")
+        os.replace(work / "new", target)
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}", hint="nothing was left behind") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _end_folder(work, target)
+        os.close(handle)
+
+
+def _begin_folder(target: Path) -> tuple[Path, int]:
+    """A hidden folder with room for the new one and the old one, and the handle that holds its lock."""
+    for entry in os.scandir(target.parent):
+        if entry.name.startswith(f".{target.name}.") and entry.name.endswith(_SUFFIX) and entry.is_dir():
+            with contextlib.suppress(OSError):  # someone else's; it does no harm
+                handle = os.open(Path(entry.path) / "lock", os.O_RDWR)
+                try:
+                    if _locked(handle):
+                        _end_folder(Path(entry.path), target)
+                finally:
+                    os.close(handle)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+    _locked(handle)
+    (work / "new").mkdir()
+    return work, handle
+
+
+def _end_folder(work: Path, target: Path) -> None:
+    if (work / "old").exists() and not target.exists():
+        os.replace(work / "old", target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _begin(target: Path) -> tuple[Path, int | None]:

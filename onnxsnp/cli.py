@@ -11,7 +11,7 @@ import typer
 from onnxsnp._version import __version__
 from onnxsnp.arguments import input_shapes, output_path
 from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
-from onnxsnp.errors import DataError, PlanError
+from onnxsnp.errors import DataError, PlanError, one_line
 
 if TYPE_CHECKING:
     pass
@@ -145,7 +145,7 @@ def prune(
         str,
         typer.Option(
             help="What --ratio is a share of with --allocation auto: macs, params, or latency (of one sample, measured "
-            "on this machine).",
+            "on this machine, or on --host).",
             rich_help_panel=_METHOD,
         ),
     ] = "macs",
@@ -155,6 +155,14 @@ def prune(
             metavar="FILE",
             help="With --of latency: the times of the model's layers, from another run or device; where there is no "
             "such file yet they are measured and written there.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER@DEVICE",
+            help="With --of latency and --target: measure the layers on this device, by ssh and with its own TensorRT.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -194,8 +202,30 @@ def prune(
         ),
     ] = None,
     multiple_of: Annotated[
-        int, typer.Option(help="Keep sizes that are multiples of N.", min=1, rich_help_panel=_METHOD)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Keep sizes that are multiples of N. Default: what --target wants, else 1.",
+            min=1,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="Where the model will run (onnxsnp engine --list-targets): widths suit its hardware, and the sizes of "
+            "query, key and value stay one where it fuses attention.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target: what the model will run in there, fp32 or fp16. Default: fp16 where the target has "
+            "it, since widths that suit it suit fp32 too.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="Apply a plan, or the plan of a run record, instead of making one.", rich_help_panel=_METHOD),
@@ -221,9 +251,10 @@ def prune(
         from onnxsnp.writing import write_record
 
         ratios = [Path(allocation), Path(allocation.rpartition(":")[0])]
-        target = output_path(model, output, dry_run, [plan, *ratios, Path(preprocess or ""), latency_table])
-        if latency_table is not None and target is not None:
-            written = [target.resolve(), target.with_suffix(".json").resolve()]
+        read = [plan, *ratios, Path(preprocess or ""), latency_table, Path(target or "")]
+        file = output_path(model, output, dry_run, read)
+        if latency_table is not None and file is not None:
+            written = [file.resolve(), file.with_suffix(".json").resolve()]
             if latency_table.resolve() in written:  # it may not exist yet
                 raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
@@ -234,12 +265,13 @@ def prune(
             result = prune_model(
                 model,
                 ratio,
-                output=None if dry_run else target,
+                output=None if dry_run else file,
                 dry_run=dry_run,
                 progress=progress,
                 allocation=allocation,
                 of=of,
                 latency_table=latency_table,
+                host=host,
                 latency=not no_latency,
                 scope=scope,
                 compensation=compensation,
@@ -250,20 +282,22 @@ def prune(
                 preprocess=preprocess,
                 eval_data=eval_data,
                 multiple_of=multiple_of,
+                target=target,
+                precision=precision,
                 plan=plan,
                 threads=threads,
                 provider=provider,
                 seed=seed,
                 input_shapes=input_shapes(input_shape, model),
             )
-        if dry_run and target is not None:
-            write_record(result.plan.to_json(), target)
+        if dry_run and file is not None:
+            write_record(result.plan.to_json(), file)
         if as_json:
             print_json(result.record)
         else:
             terminal.pruning(stdout(), result.record)
             if dry_run:
-                terminal.dry_run(stdout(), target)
+                terminal.dry_run(stdout(), file)
 
     guarded(work, debug)
 
@@ -352,6 +386,118 @@ def bench(
                 )
             ]
         print_json({"models": results}) if as_json else terminal.latencies(stdout(), results)
+
+    guarded(work, debug)
+
+
+@app.command()
+def engine(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="An .onnx file, pruned or not.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="The device: a profile by name (see --list-targets), or a TOML file with one.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to write; default MODEL-TARGET. The record goes beside it as FOLDER.engine.json.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="bundle: a folder that the device builds from. local: the TensorRT and GPU of this machine. rtx: "
+            "TensorRT for RTX, no GPU needed. ssh: the bundle, built and timed on --host. Default: ssh with --host, "
+            "rtx for that target, local if this machine is the target, else bundle.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="USER@DEVICE", help="Build and time on a device, by ssh.", rich_help_panel=_METHOD),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.", rich_help_panel=_METHOD)] = "fp32",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="8.9",
+            help="Of the GPUs an RTX engine is for; may be given several times. Default: any from 8.0 on.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model before pruning, for numbers before and after. Default: the one in the run record.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data for the inputs on which outputs are compared, as for prune. Default: generated inputs.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    preprocess: PreprocessOption = None,
+    input_shape: InputShape = None,
+    list_targets: Annotated[
+        bool, typer.Option("--list-targets", help="Show the targets there are.", rich_help_panel=_OUTPUT)
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make an engine for a device, or the folder to build it from there: TensorRT 8.2 to 11, Jetson, RTX."""
+
+    def work() -> None:
+        from onnxsnp.report import deployment as report
+
+        if list_targets:
+            from onnxsnp.deploy.targets import BUILT_IN
+
+            profiles = [one.to_dict() for one in BUILT_IN.values()]
+            print_json({"targets": profiles}) if as_json else report.targets(stdout(), profiles)
+            return
+        if model is None or target is None:
+            what = "model" if model is None else "target"
+            raise PlanError(f"no {what} was given", hint="onnxsnp engine MODEL --target NAME; see --list-targets")
+        from onnxsnp.deploy.engine import build_engine
+        from onnxsnp.deploy.prepare import NotTaken
+
+        try:
+            with progress_bar() as progress:
+                result = build_engine(
+                    model,
+                    target=target,
+                    output=output or model.with_name(f"{model.stem}-{Path(target).stem}"),
+                    backend=backend,
+                    host=host,
+                    precision=precision,
+                    original=original,
+                    input_shapes=input_shapes(input_shape, model),
+                    calibration=calibration,
+                    preprocess=preprocess,
+                    compute_capabilities=compute_capability or (),
+                    seed=seed,
+                    progress=progress,
+                    say=lambda line: print(line, file=sys.stderr),
+                )
+        except NotTaken as error:
+            for finding in error.findings:
+                print(f"onnxsnp: {one_line(str(finding))}", file=sys.stderr)
+            raise
+        print_json(result.record) if as_json else report.engine(stdout(), result.record)
 
     guarded(work, debug)
 

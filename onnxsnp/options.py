@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsnp.calibration.preprocess import Preprocess
+from onnxsnp.deploy.targets import PRECISIONS, Target, get_target
 from onnxsnp.errors import PlanError
 from onnxsnp.planning.allocation import check_ratio, unknown
 from onnxsnp.planning.plan import Plan
@@ -27,6 +28,7 @@ class Options:
     allocation: str = "auto"
     of: str = "macs"
     latency_table: str | Path | None = None
+    host: str | None = None
     scope: str | Sequence[str] | None = None
     compensation: str = "full"
     criterion: str = "snp"
@@ -35,7 +37,9 @@ class Options:
     samples: int | None = None
     preprocess: str | Preprocess | None = None
     eval_data: Any = None
-    multiple_of: int = 1
+    multiple_of: int | None = None
+    target: str | Path | Target | None = None
+    precision: str | None = None
     plan: str | Path | Plan | None = None
     threads: int | None = None
     provider: str = "cpu"
@@ -47,6 +51,28 @@ class Options:
     def fit_samples(self) -> int:
         """Calibration samples to fit on: as many as the paper uses, or what the closed forms need."""
         return self.samples or (PAPER_SAMPLES if self.compensation == "none" else DEFAULT_SAMPLES)
+
+    @property
+    def device(self) -> Target | None:
+        """The profile of the target, if there is one.
+
+        Raises:
+            PlanError: there is no such profile.
+        """
+        return None if self.target is None else get_target(self.target)
+
+    @property
+    def planned_precision(self) -> str:
+        """What widths have to suit: what was asked, else fp16 where the target has it; fp32 takes any width."""
+        native = self.device is not None and "fp16" in self.device.precisions
+        return self.precision or ("fp16" if native else "fp32")
+
+    @property
+    def multiple(self) -> int:
+        """Sizes are multiples of this: what was asked, else what the target wants."""
+        if self.multiple_of is not None:
+            return self.multiple_of
+        return 1 if self.device is None else self.device.step(self.planned_precision)
 
     def check(self) -> None:
         """Refuse what can be refused without looking at the model.
@@ -62,9 +88,13 @@ class Options:
             raise unknown("cost", self.of, COSTS)
         if self.latency_table is not None and self.of != "latency":
             raise PlanError(f"a latency table says nothing about {self.of}", hint="add --of latency")
+        if self.host is not None:
+            self._check_host()
         if self.provider not in ("cpu", "cuda"):
             raise unknown("provider", self.provider, ("cpu", "cuda"))
-        if self.multiple_of < 1:
+        if self.precision is not None:
+            self._check_precision(self.precision)
+        if self.multiple < 1:
             raise PlanError(f"--multiple-of must be 1 or more, got {self.multiple_of}")
         if self.samples is not None and self.samples < 1:
             raise PlanError(f"samples must be 1 or more, got {self.samples}")
@@ -72,3 +102,20 @@ class Options:
             check_ratio(self.ratio)
         elif self.plan is None and self.allocation in ("auto", "uniform"):
             raise PlanError("no ratio was given", hint="say how much to remove, for example --ratio 0.3")
+
+    def _check_precision(self, precision: str) -> None:
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+        if self.device is None:
+            raise PlanError("a precision says nothing without a target", hint="add --target, for example jetson-orin")
+        if precision not in self.device.precisions:
+            has = ", ".join(self.device.precisions)
+            raise PlanError(f"{self.device.name} does not run {precision}", hint=f"it has {has}")
+
+    def _check_host(self) -> None:
+        if self.of != "latency":
+            raise PlanError("a device is there to measure latency", hint="add --of latency, or leave --host out")
+        if self.device is None:
+            raise PlanError("layers are built for a target", hint="add --target, for example jetson-nano")
+        if self.device.runtime != "tensorrt":
+            raise PlanError(f"{self.device.name} has no trtexec to measure with by ssh", hint="use another --target")

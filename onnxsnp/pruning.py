@@ -22,6 +22,7 @@ from onnxsnp.calibration.data import Batch, Dataset, Preprocess, open_dataset
 from onnxsnp.calibration.lengths import settled
 from onnxsnp.calibration.pooling import pool
 from onnxsnp.calibration.statistics import Statistics, collect
+from onnxsnp.deploy.device_timer import device_timer
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.accuracy import agreement, evaluate_models
 from onnxsnp.evaluation.latency import machine
@@ -211,20 +212,24 @@ class _Run:
     def _with_latency(self, analysis: Analysis) -> Analysis:
         """The analysis with the measured latency of its layers in its cost model."""
         options, groups = self.options, scope.scoped(self.options, analysis)
+        device = device_timer(options)
 
         def measure() -> LatencyTable:
-            return measure_table(
+            table = measure_table(
                 analysis,
                 groups,
-                local_timer(options.threads, options.provider),
+                device or local_timer(options.threads, options.provider),
                 machine(options.threads, options.provider),
-                multiple=options.multiple_of,
+                multiple=options.multiple,
                 seed=options.seed,
                 progress=lambda done, total: self.progress("measure layers", done, total),
             )
+            return table if device is None else replace(table, machine=device.machine)
 
         with self.stage("measure layers"):
             latency = table_for(analysis, groups, options.latency_table, measure)
+        if device is not None:
+            device.forget()
         give_back()
         return replace(analysis, cost=replace(analysis.cost, latency=latency))
 
@@ -271,10 +276,11 @@ class _Run:
             analysis.cost,
             options.ratio or 0.0,
             options.of,
-            options.multiple_of,
+            options.multiple,
             selector,
             loss,
             lambda done, total: self.progress("allocate", done, total),
+            scope.ties(options, analysis),
         )
         self.allocation = {
             "loss": found.loss,

@@ -7,6 +7,7 @@ from typing import Any
 from onnxsnp._version import __version__
 from onnxsnp.analysis import Analysis
 from onnxsnp.calibration.data import Dataset
+from onnxsnp.deploy.fusion import fused_attention
 from onnxsnp.options import Options
 from onnxsnp.planning.plan import Plan, as_cuts
 
@@ -19,13 +20,14 @@ def settings(options: Options, data: Dataset) -> dict[str, Any]:
         "allocation": options.allocation,
         "of": options.of,
         "latency_table": None if options.latency_table is None else str(options.latency_table),
+        "host": options.host,
         "scope": scope,
         "criterion": options.criterion,
         "compensation": options.compensation,
         "rank": options.rank,
         "samples": options.fit_samples,
         "calibration": data.description,
-        "multiple_of": options.multiple_of,
+        "multiple_of": options.multiple,
         "seed": options.seed,
         "version": __version__,
     }
@@ -43,7 +45,9 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
     before, after = (
         {what: round(analysis.cost.total(what, new)) for what in ("params", "macs")} for new in (None, sizes)
     )
+    path = analysis.model.path
     return {
+        "input": None if path is None else str(path),
         "output": None,
         "before": {**before, "bytes": analysis.model.bytes},
         "after": {**after, "bytes": None},
@@ -62,4 +66,20 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
         "settings": settings(options, data),
         "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
         "skipped": data.skipped_count,
+        "target": _target(analysis, plan, options),
+        "planned_for": None if analysis.cost.latency is None else analysis.cost.latency.machine,
+    }
+
+
+def _target(analysis: Analysis, plan: Plan, options: Options) -> dict[str, Any] | None:
+    """What the target asked for, and what becomes of every attention there."""
+    device, precision = options.device, options.planned_precision
+    if device is None:
+        return None
+    before, after = (fused_attention(analysis, device, precision, one) for one in (None, plan))
+    return {
+        "name": device.name,
+        "precision": precision,
+        "multiple_of": options.multiple,
+        "fused_attention": [{**new.to_dict(), "before": old.kept} for old, new in zip(before, after, strict=True)],
     }

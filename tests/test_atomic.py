@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 from onnxsnp import atomic
 from onnxsnp import model as files
-from onnxsnp.atomic import whole_file
+from onnxsnp.atomic import whole_file, whole_folder
 from onnxsnp.errors import ModelError
 from onnxsnp.model import load, save
 from onnxsnp.pruning import prune
@@ -255,3 +256,48 @@ def test_weights_beside_a_model_change_names_with_every_write(tmp_path: Path, mo
     with pytest.raises(ModelError, match="does not run"):
         save(graphs.mlp(40, 60, 3), tmp_path / "big.onnx", check)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_a_folder_appears_whole_or_the_old_one_stays(tmp_path: Path) -> None:
+    def write(text: str) -> None:
+        with whole_folder(tmp_path / "out") as part:
+            (part / "inner").mkdir()
+            (part / "inner" / "file").write_text(text)
+            if text == "broken":
+                raise KeyboardInterrupt
+
+    write("first")
+    with pytest.raises(KeyboardInterrupt):
+        write("broken")
+    assert (tmp_path / "out/inner/file").read_text() == "first"
+    write("second")
+    assert (tmp_path / "out/inner/file").read_text() == "second"
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["out", "plain"]
+    with pytest.raises(ModelError, match="output folder does not exist"), whole_folder(tmp_path / "none" / "out"):
+        pass
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_whose_writer_was_killed_is_put_right_by_the_next(tmp_path: Path, moved: bool) -> None:
+    """`moved`: the kill came between the two renames at the end."""
+    with whole_folder(tmp_path / "out") as part:
+        (part / "file").write_text("old")
+    script = f"""
+        import os
+        from onnxsnp.atomic import whole_folder
+        from pathlib import Path
+        with whole_folder({str(tmp_path / "out")!r}) as part:
+            (part / "file").write_text("new")
+            if {moved}:
+                os.replace({str(tmp_path / "out")!r}, part.parent / "old")
+            os._exit(9)
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert len(list(tmp_path.glob(".out.*.part"))) == 1
+    with whole_folder(tmp_path / "out") as one, pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "out"):
+        assert one.exists()  # of a writer that runs
+        assert (tmp_path / "out/file").read_text() == "old"
+        raise ZeroDivisionError
+    assert not (tmp_path / "out/file").exists() and not list(tmp_path.glob(".*"))

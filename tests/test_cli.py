@@ -227,10 +227,48 @@ def test_a_model_without_attention(here: Path) -> None:
     assert text.splitlines()[0].split() == ["block", "FFN"]
 
 
+def test_targets_are_listed(here: Path) -> None:
+    text = good("engine", "--list-targets")
+    (nano,) = [line for line in text.splitlines() if line.startswith("jetson-nano")]
+    assert nano.split()[-6:] == ["13", "5.3", "fp32,", "fp16", "any", "no"] and "JetPack 4.6.1" in nano
+    listed = json.loads(good("engine", "--list-targets", "--json"))["targets"]
+    assert {one["name"] for one in listed} >= {"jetson-nano", "jetson-xavier", "jetson-orin", "tensorrt-8.6", "rtx"}
+
+
+def test_a_model_is_pruned_for_a_target_and_made_ready_for_it(here: Path) -> None:
+    text = prune("-r", "0.3", "-o", "small.onnx", "--target", "jetson-nano")
+    assert "jetson-nano in fp16: any width will do" in text and "has compute capability 5.3, and 7.5 is needed" in text
+    text = good("engine", "small.onnx", "--target", "jetson-nano", "-o", "nano/")
+    assert "no engine was built here: an engine for jetson-nano is built on the device" in text
+    assert "same outputs as small.onnx" in text and "original, lowered: same outputs as net.onnx" in text
+    steps = [line.strip() for line in text.splitlines() if line.startswith("  s")]
+    assert steps == ["scp -r nano USER@DEVICE:", "ssh USER@DEVICE sh nano/build.sh"]
+    assert sorted(os.listdir()) == ["nano", "nano.engine.json", "net.onnx", "small.json", "small.onnx"]
+    assert os.access("nano/build.sh", os.X_OK) and Path("nano/check.py").is_file()
+
+
+def test_engine_json_is_the_record_and_nothing_else(here: Path) -> None:
+    record = json.loads(good("engine", "net.onnx", "--target", "jetson-nano", "--json"))
+    assert record == json.loads(Path("net-jetson-nano.engine.json").read_text()) and record["built"] is False
+    assert record["output"] == "net-jetson-nano" and record["target"]["name"] == "jetson-nano"
+
+
+def test_a_target_of_ones_own(here: Path) -> None:
+    Path("mine.toml").write_text('base = "jetson-orin"\nmultiple_of = {fp16 = 4}\n')
+    data = json.loads(prune("-r", "0.3", "-o", "small.onnx", "--target", "mine.toml", "--json"))
+    assert data["target"]["name"] == "mine" and data["target"]["multiple_of"] == 4
+    assert data["settings"]["multiple_of"] == 4
+    options = ("--target", "mine.toml", "--precision", "fp32", "--multiple-of", "2", "--json")
+    fp32 = json.loads(prune("-r", "0.3", "-o", "b.onnx", *options))
+    assert (fp32["target"]["precision"], fp32["settings"]["multiple_of"]) == ("fp32", 2)
+    good("engine", "small.onnx", "--target", "mine.toml", "-o", "out")
+    assert json.loads(Path("out.engine.json").read_text())["target"]["name"] == "mine"
+
+
 # Help
 
 
-@pytest.mark.parametrize("verb", ["inspect", "prune", "evaluate", "bench"])
+@pytest.mark.parametrize("verb", ["inspect", "prune", "evaluate", "bench", "engine"])
 def test_help_names_the_options_and_fits_the_terminal(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = good(verb, "--help")
@@ -369,10 +407,48 @@ def test_ratios_out_of_range(here: Path, ratio: str) -> None:
         (("-r", "0.3", "--provider", "cdua"), "unknown provider 'cdua'"),
         (("-r", "0.999"), "can remove at most"),
         (("-r", "0.3", "--multiple-of", "1000"), "can remove at most 0.0%"),
+        (("-r", "0.3", "--target", "jetson-nanno"), "unknown target 'jetson-nanno'; did you mean jetson-nano?"),
+        (("-r", "0.3", "--target", "mine.toml"), "cannot read the target mine.toml"),
+        (("-r", "0.3", "--target", "jetson-nano", "--precision", "int8"), "unknown precision 'int8'"),
+        (("-r", "0.3", "--precision", "fp16"), "a precision says nothing without a target; add --target"),
     ],
 )
 def test_options_that_cannot_be_met(here: Path, options: tuple[str, ...], says: str) -> None:
     assert says in bad("prune", "net.onnx", *SHORT, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("net.onnx",), "no target was given; onnxsnp engine MODEL --target NAME; see --list-targets"),
+        (("--target", "rtx"), "no model was given"),
+        (("absent.onnx", "--target", "jetson-nano"), "no such model file: absent.onnx"),
+        (("net.onnx", "--target", "nano"), "unknown target 'nano'"),
+        (("net.onnx", "--target", "tensorrt-10", "--backend", "local"), "TensorRT is not installed; on a GPU machine:"),
+        (("net.onnx", "--target", "jetson-nano", "--backend", "ssh"), "add --host user@device"),
+        (("net.onnx", "--target", "jetson-nano", "--host", "-oProxyCommand=x"), "is no host for ssh"),
+        (("net.onnx", "--target", "jetson-nano", "--calibration", "absent"), "data absent does not exist"),
+        (("net.onnx", "--target", "jetson-nano", "-o", "net.onnx"), "net.onnx exists and is not a folder"),
+        (("net.onnx", "--target", "jetson-nano", "-o", "no/such"), "output folder does not exist: no"),
+    ],
+)
+def test_engines_that_cannot_be_made(
+    here: Path, options: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert says in bad("engine", *options)
+
+
+def test_what_a_target_does_not_take_is_one_line_each(here: Path) -> None:
+    net = graphs.Net(17)
+    x = net.input("x", [2, 3, 3])
+    net.output(net.op("Add", net.op("Det", x, name="one"), net.op("Det", x, name="two")), [2])
+    onnx.save(net.proto(), "det.onnx")
+    result = call("engine", "det.onnx", "--target", "jetson-nano")
+    assert result.exit_code == 1 and result.stdout == "" and sorted(os.listdir()) == ["det.onnx", "net.onnx"]
+    one, two, last = result.stderr.splitlines()
+    assert one.startswith("onnxsnp: error: one (Det): ") and two.startswith("onnxsnp: error: two (Det): ")
+    assert last == "onnxsnp: jetson-nano does not take 2 nodes of the model as they are"
 
 
 @pytest.mark.parametrize("verb", [("prune", "-r", "0.3"), ("evaluate",), ("bench",)])

@@ -4,19 +4,19 @@ An engine is only valid on the GPU and the TensorRT version that built it. So th
 build one: lowered models, their inputs, what onnxruntime gives for these, and two scripts that need nothing but what is
 on the device (`trtexec`, a shell, and Python 3.6 where there is one).
 
-    manifest.json        `MANIFEST` below: what the folder holds, with hashes
+    manifest.json        what the folder holds, with hashes
     README.md            what to do, in plain words
     build.sh, check.py   build and time; check and summarise
     settings.sh          what build.sh needs to know of the target
     LABEL/model.onnx     a model, "pruned" or "original"
     LABEL/inputs.txt     its inputs as `trtexec --loadInputs` takes them (inputs32.txt where integers have 32 bits)
+    LABEL/precisions.txt layers that fp16 would overflow, as `trtexec --layerPrecisions` takes them, if there are any
     LABEL/inputs/N.bin   the inputs, raw and little-endian
     LABEL/outputs/N.bin  the reference outputs, likewise
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -31,13 +31,10 @@ import onnx
 
 from onnxsnp._version import __version__
 from onnxsnp.atomic import whole_folder
+from onnxsnp.deploy.manifest import FORMAT, KIND, MANIFEST, described, read_manifest, refuse_foreign
 from onnxsnp.deploy.targets import Target, Version
 from onnxsnp.errors import ModelError, PlanError
 
-KIND = "onnxsnp bundle"
-FORMAT = 1
-MANIFEST = "manifest.json"
-RESULTS = "results"  # the folder that build.sh makes
 TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}  # largest difference by the largest magnitude of the reference
 _SCRIPTS = ("build.sh", "check.py")
 _MOST = 2**31 - 2**20  # bytes of one protobuf message, with room for its frame
@@ -54,12 +51,14 @@ class BundleModel:
         proto: lowered, with static shapes and its weights inside.
         feeds: an input of each name, in the shapes and types of the model.
         reference: what onnxruntime gives for the feeds; outputs that are not here are not compared.
+        keep_fp32: nodes that a build with fp16 computes in single precision (TensorRT 8.4 to 10).
     """
 
     label: str
     proto: onnx.ModelProto
     feeds: Mapping[str, np.ndarray]
     reference: Mapping[str, np.ndarray] = field(default_factory=dict)
+    keep_fp32: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -130,62 +129,10 @@ def write_bundle(
             "built": False,  # no engine is built here
             "fused_names": FUSED_NAMES,
             "models": entries,
-            "files": [_described(part, one) for one in sorted(part.rglob("*")) if one.is_file()],
+            "files": [described(part, one) for one in sorted(part.rglob("*")) if one.is_file()],
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle.
-
-    Raises:
-        ModelError: the folder is no bundle, or of a newer format.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is no bundle: {path.name} cannot be read") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ModelError(f"{folder} is no bundle: {path.name} says nothing of one")
-    if manifest.get("format") != FORMAT:
-        raise ModelError(f"{folder} is a bundle of format {manifest.get('format')}", hint="use the onnxsnp of its age")
-    return manifest
-
-
-def damaged_files(folder: str | Path) -> list[str]:
-    """Files of a bundle that are missing or not what they were written as."""
-    found = []
-    for entry in read_manifest(folder)["files"]:
-        path = Path(folder) / entry["name"]
-        if not path.is_file() or _digest(path) != entry["sha256"]:
-            found.append(str(entry["name"]))
-    return found
-
-
-def refuse_foreign(folder: Path) -> None:
-    """A bundle takes the place of nothing but an earlier bundle and its results.
-
-    Raises:
-        PlanError: something else is there.
-    """
-    hint = "choose another folder with -o, or remove it first"
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise PlanError(f"{folder} exists and is not a folder", hint=hint)
-    if not any(folder.iterdir()):
-        return
-    try:
-        known = {entry["name"] for entry in read_manifest(folder)["files"]} | {MANIFEST}
-    except ModelError as error:
-        raise PlanError(f"{folder} exists and is not an earlier bundle", hint=hint) from error
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        made = inside.parts[0] in (RESULTS, "__pycache__")
-        if not path.is_dir() and not made and inside.as_posix() not in known:
-            raise PlanError(f"{folder} is an earlier bundle, but {inside} in it is not part of one", hint=hint)
+    return read_manifest(path)
 
 
 def _check(models: Sequence[BundleModel], target: Target, precision: str) -> None:
@@ -197,7 +144,7 @@ def _check(models: Sequence[BundleModel], target: Target, precision: str) -> Non
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,40}", model.label):
             raise ValueError(f"not a label: {model.label!r}")
         _check_inputs(model)
-        if target.dialect == "11" and precision == "fp16" and not _has_half(model.proto):
+        if target.dialect == "11" and precision == "fp16" and not has_half(model.proto):
             raise ModelError(
                 f"TensorRT {version_text(target.tensorrt)} takes the precision from the model, and the "
                 f"{model.label} one has no fp16 in it",
@@ -224,7 +171,7 @@ def _check_inputs(model: BundleModel) -> None:
             raise ModelError(f"input '{entry.name}' of the {model.label} model takes {kind.name} of shape {sizes}")
 
 
-def _has_half(proto: onnx.ModelProto) -> bool:
+def has_half(proto: onnx.ModelProto) -> bool:
     return any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in proto.graph.initializer)
 
 
@@ -247,6 +194,8 @@ def _write_model(part: Path, model: BundleModel) -> dict[str, Any]:
         narrow.append(f"{name}:{path}")
     (folder / "inputs.txt").write_text(",".join(wide) + "\n", encoding="utf-8")
     (folder / "inputs32.txt").write_text(",".join(narrow) + "\n", encoding="utf-8")
+    if model.keep_fp32:
+        (folder / "precisions.txt").write_text(",".join(f"{name}:fp32" for name in model.keep_fp32) + "\n")
     outputs = []
     for number, (name, array) in enumerate(model.reference.items()):
         path = f"{model.label}/outputs/{number}.bin"
@@ -335,19 +284,3 @@ def _readme(models: Sequence[BundleModel], target: Target, precision: str) -> st
 
 def _file(name: str) -> str:
     return (resources.files("onnxsnp.deploy") / "files" / name).read_text(encoding="utf-8")
-
-
-def _described(folder: Path, path: Path) -> dict[str, Any]:
-    return {
-        "name": path.relative_to(folder).as_posix(),
-        "bytes": path.stat().st_size,
-        "sha256": _digest(path),
-    }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

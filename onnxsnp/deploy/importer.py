@@ -132,19 +132,25 @@ def watch(library: Any, config: Any, progress: Progress | None) -> None:
     class Monitor(library.IProgressMonitor):
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
-            self.root: tuple[str, int] | None = None
+            self.root, self.steps, self.done = "", 0, 0
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                self.root = (phase, steps)
+                self.root, self.steps, self.done = phase, steps, 0
 
         def step_complete(self, phase: str, step: int) -> bool:
-            if self.root is not None and phase == self.root[0]:
-                report("build", step + 1, self.root[1])
+            if phase == self.root:
+                self._reach(step + 1)
             return True
 
         def phase_finish(self, phase: str) -> None:
-            pass
+            if phase == self.root:  # the last step is not always reported
+                self._reach(self.steps)
+
+        def _reach(self, done: int) -> None:
+            if done > self.done:
+                self.done = done
+                report("build", done, self.steps)
 
     config.progress_monitor = Monitor()
 

@@ -7,7 +7,9 @@ since 8.4. An engine is valid for the release and the GPU it was built with, so 
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -82,7 +84,13 @@ def require(target: Target) -> tuple[Any, Cuda]:
     return library, cuda
 
 
-def build(library: Any, proto: onnx.ModelProto, precision: str, progress: Progress | None = None) -> Built:
+def build(
+    library: Any,
+    proto: onnx.ModelProto,
+    precision: str,
+    progress: Progress | None = None,
+    keep_fp32: Sequence[str] = (),
+) -> Built:
     """Build an engine from a lowered model.
 
     Args:
@@ -90,6 +98,7 @@ def build(library: Any, proto: onnx.ModelProto, precision: str, progress: Progre
         proto: static shapes, weights inside.
         precision: "fp32" or "fp16".
         progress: called as ("build", done, total), from TensorRT 8.6 on.
+        keep_fp32: nodes that stay in single precision in fp16 (TensorRT 8.4 to 10).
 
     Raises:
         ModelError: the library does not take the model, or cannot build here; names the node.
@@ -106,12 +115,25 @@ def build(library: Any, proto: onnx.ModelProto, precision: str, progress: Progre
         config.max_workspace_size = _WORKSPACE
     if precision == "fp16" and version < (11,):  # from 11 on the types of the model say it
         config.set_flag(library.BuilderFlag.FP16)
+        if keep_fp32:
+            config.set_flag(library.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+            _keep(library, network, set(keep_fp32))
+    if precision == "fp32":
+        config.clear_flag(library.BuilderFlag.TF32)  # which has the mantissa of fp16, and is on unless it is taken off
     watch(library, config, progress)
     data = builder.build_serialized_network(network, config)
     del parser  # it owns the weights that the network refers to
     if data is None:
         raise failed_build(log, name, _ADVICE)
     return Built(bytes(data), name, (), time.perf_counter() - start)
+
+
+def _keep(library: Any, network: Any, names: set[str]) -> None:
+    """Single precision for the layers of some nodes; a node's further layers carry its name and a number."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.name in names or re.sub(r"_\d+$", "", layer.name) in names:
+            layer.precision = library.float32
 
 
 def _flags(library: Any, version: tuple[int, ...]) -> int:

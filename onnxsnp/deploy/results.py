@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxsnp.deploy.bundle import damaged_files
 from onnxsnp.deploy.files import check
+from onnxsnp.deploy.manifest import damaged_files
 from onnxsnp.errors import DeviceError
 
 

@@ -19,7 +19,7 @@ from onnxsnp.deploy.importer import Built, Progress, failed_build, import_model,
 from onnxsnp.errors import ModelError, PlanError
 
 MODULE = "tensorrt_rtx"
-NOTE = "an RTX engine, not a Jetson engine"
+NOTE = "this is an RTX engine, not a Jetson engine; building it takes no GPU, and it was not run here"
 _ADVICE = {"FP32 GEMM is not supported": "GPUs of compute capability 7.5 need --precision fp16"}
 
 

@@ -75,6 +75,7 @@ class Target:
         data = asdict(self)
         for key in ("tensorrt", "compute_capability"):
             data[key] = None if data[key] is None else ".".join(map(str, data[key]))
+        data["precisions"] = list(self.precisions)
         return {**data, "dialect": self.dialect, "fuses_attention": self.fuses_attention}
 
 

@@ -19,7 +19,7 @@ from onnxsnp.graph.dependency import Dependencies
 from onnxsnp.graph.facts import Product
 from onnxsnp.graph.ir import Graph
 
-_TRANSPARENT = {
+TRANSPARENT = {  # what may stand between a product and its softmax
     "Add",
     "Sub",
     "Mul",
@@ -182,7 +182,7 @@ class _Walk:
                     product = self.products[node.name][0]
                     if not mixed & self._axes(product):
                         found.append(_Met(product, name, mixed))
-                elif node.op_type in _TRANSPARENT or node.name in self._projected:
+                elif node.op_type in TRANSPARENT or node.name in self._projected:
                     more = mixed | self._projected.get(node.name, frozenset())
                     new = [(other, more) for other in onward(node) if other not in self._graph.weights]
                     (waiting.extendleft if more else waiting.extend)(new)  # ways without projections first

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
+from onnxsnp.planning.ties import Tie, step_of, tied
 
 SCOPES = ("qk", "v", "ffn", "head", "channel", "residual")
 DEFAULT_SCOPE = ("qk", "v", "ffn")
@@ -53,11 +55,6 @@ def check_ratio(ratio: float) -> float:
     return float(ratio)
 
 
-def step_of(group: Group, multiple: int) -> int:
-    """The multiple that a group's width has to be: `multiple` is about the sizes of layers, not the number of heads."""
-    return 1 if group.kind == "head" else multiple
-
-
 def keep_count(size: int, removed: float, multiple: int = 1) -> int:
     """Neurons that stay when `removed` (a real number) of `size` go: rounded to `multiple`, at least one multiple."""
     if removed <= 0:
@@ -67,17 +64,27 @@ def keep_count(size: int, removed: float, multiple: int = 1) -> int:
     return min(size, max(rounded, min(multiple, size)))
 
 
-def uniform(groups: Sequence[Group], ratio: float, multiple: int = 1) -> dict[str, int]:
+def uniform(groups: Sequence[Group], ratio: float, multiple: int = 1, ties: Sequence[Tie] = ()) -> dict[str, int]:
     """The literature's local pruning: the same share of every group's neurons.
 
     Returns:
-        Kept neurons by group id.
+        Kept neurons by group id; those of tied groups as near to it as the tie has.
     """
-    return {group.id: keep_count(group.size, ratio * group.size, step_of(group, multiple)) for group in groups}
+    kept = {group.id: keep_count(group.size, ratio * group.size, step_of(group, multiple)) for group in groups}
+    for tie in tied(groups, multiple, ties):
+        if len(tie.groups) > 1:
+            wanted = tie.groups[0].size * (1 - ratio)
+            kept.update(tie.at(int(np.argmin(np.abs(tie.widths[:, 0] - wanted)))))
+    return kept
 
 
 def to_cost(
-    groups: Sequence[Group], cost: CostModel, share: float, what: str = "macs", multiple: int = 1
+    groups: Sequence[Group],
+    cost: CostModel,
+    share: float,
+    what: str = "macs",
+    multiple: int = 1,
+    ties: Sequence[Tie] = (),
 ) -> dict[str, int]:
     """The one ratio, for every group alike, that removes the asked share of the model's cost.
 
@@ -87,6 +94,7 @@ def to_cost(
     Args:
         share: part of the whole model's cost to remove, in [0, 1).
         what: "macs", "params" or "latency".
+        ties: groups that get their widths together.
 
     Raises:
         PlanError: the groups cannot give that much. (Where single steps are coarser than 1 % of the share, the nearest
@@ -94,30 +102,31 @@ def to_cost(
     """
     total = cost.total(what)
     target = total * (1 - share)
+    atoms = {group.id: group.atom for group in groups}
+    sizes = {group.id: group.size for group in groups}
+    choices = tied(groups, multiple, ties)
 
-    steps = {group.id: step_of(group, multiple) for group in groups}
+    def rows(ratio: float) -> list[int]:  # the narrowest that keep at least this share
+        return [int(np.searchsorted(one.widths[:, 0], one.widths[-1, 0] * (1 - ratio) - 1e-9)) for one in choices]
 
-    def count(group: Group, ratio: float) -> int:
-        step = steps[group.id]
-        kept = math.ceil((group.size * (1 - ratio)) / step - 1e-9) * step
-        return min(group.size, max(min(step, group.size), kept))
+    def price(picked: Sequence[int]) -> float:
+        kept = _widths(choices, picked)
+        return cost.total(what, {atoms[name]: width for name, width in kept.items() if width < sizes[name]})
 
-    def counts(ratio: float) -> dict[str, int]:
-        return {group.id: count(group, ratio) for group in groups}
-
-    def price(kept: Mapping[str, int]) -> float:
-        return cost.total(what, {group.atom: kept[group.id] for group in groups if kept[group.id] < group.size})
-
-    least = price(counts(1.0))
+    least = price(rows(1.0))
     if least > target * (1 + 1e-9) and total > 0:
         raise too_much(what, 1 - least / total, share)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if price(counts(middle)) > target else (low, middle)
-    kept = counts(low)
-    _trim(groups, kept, low, steps, price, target)
-    return kept
+        low, high = (middle, high) if price(rows(middle)) > target else (low, middle)
+    picked = rows(low)
+    _trim(choices, picked, low, price, target)
+    return _widths(choices, picked)
+
+
+def _widths(choices: Sequence[Tie], picked: Sequence[int]) -> dict[str, int]:
+    return {name: width for one, row in zip(choices, picked, strict=True) for name, width in one.at(row).items()}
 
 
 def too_much(what: str, most: float, share: float) -> PlanError:
@@ -139,19 +148,18 @@ def off_target(counts: Mapping[str, int], groups: Mapping[str, Group], cost: Cos
 
 
 def _trim(
-    groups: Sequence[Group], kept: dict[str, int], ratio: float, steps: Mapping[str, int], price: Any, target: float
+    choices: Sequence[Tie], picked: list[int], ratio: float, price: Callable[[Sequence[int]], float], target: float
 ) -> None:
     """Take single steps from the groups that rounding left furthest above their share, until the target is met."""
-    order = sorted(groups, key=lambda group: kept[group.id] - group.size * (1 - ratio), reverse=True)
-    now = price(kept)
-    for group in order:
-        step = steps[group.id] if kept[group.id] % steps[group.id] == 0 else kept[group.id] % steps[group.id]
-        if now <= target or kept[group.id] - step < 1:
+    above = [one.widths[row, 0] - one.widths[-1, 0] * (1 - ratio) for one, row in zip(choices, picked, strict=True)]
+    now = price(picked)
+    for index in sorted(range(len(choices)), key=lambda index: above[index], reverse=True):
+        if now <= target or picked[index] == 0:
             continue
-        kept[group.id] -= step
-        after = price(kept)
+        picked[index] -= 1
+        after = price(picked)
         if after >= now or target - after > now - target:  # saves nothing, or misses by more than staying does
-            kept[group.id] += step
+            picked[index] += 1
             continue
         now = after
 

@@ -23,10 +23,11 @@ from scipy.interpolate import PchipInterpolator
 from onnxsnp.errors import PlanError
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
-from onnxsnp.planning.allocation import TOLERANCE, step_of, too_much
+from onnxsnp.planning.allocation import TOLERANCE, too_much
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector
-from onnxsnp.planning.sites import SiteItem, inside, site_item
+from onnxsnp.planning.sites import Item, inside, site_item
+from onnxsnp.planning.ties import Tie, tied
 
 ALONE = 16  # samples on which groups are measured alone; whole plans are measured on all there are
 REMOVED = 0.4  # share of its neurons that each group loses when its sensitivity is measured
@@ -55,20 +56,6 @@ class Allocation:
     start: float = float("nan")
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One group of the knapsack: the widths it may have, the loss and the cost (never less for more) at each."""
-
-    group: Group
-    widths: np.ndarray
-    losses: np.ndarray
-    costs: np.ndarray
-
-    def chosen(self, pick: int) -> list[tuple[Group, int]]:
-        """The group at one of its widths."""
-        return [(self.group, int(self.widths[pick]))]
-
-
 def allocate(
     groups: Sequence[Group],
     cost: CostModel,
@@ -78,6 +65,7 @@ def allocate(
     selector: Selector,
     loss: Loss,
     progress: Callable[[int, int], None] | None = None,
+    ties: Sequence[Tie] = (),
 ) -> Allocation:
     """Widths that remove a share of the model's cost at the least loss.
 
@@ -85,11 +73,12 @@ def allocate(
         share: part of the whole model's cost to remove.
         what: "macs", "params" or "latency".
         progress: called with (measurements done, measurements in all).
+        ties: groups that get their widths together.
 
     Raises:
         PlanError: the groups cannot give that much.
     """
-    search = _Search(groups, cost, share, what, multiple, selector, loss, progress)
+    search = _Search(groups, cost, share, what, multiple, selector, loss, progress, ties)
     search.measure_alone()
     search.start()
     whole = replace(search.found)
@@ -120,11 +109,13 @@ class _Search:
         selector: Selector,
         loss: Loss,
         progress: Callable[[int, int], None] | None,
+        ties: Sequence[Tie],
     ) -> None:
         self._cost, self._share, self._what, self._multiple = cost, share, what, multiple
         self._selector, self._loss, self._progress = selector, loss, progress
         self.streams = [group for group in groups if group.kind == "residual"]
         self.known = [group for group in groups if group.kind != "residual"]
+        self._ties = ties
         self._curves = selector.curves(self.known)
         self._scale: dict[str, float] = {}
         alone = sum(1 if group.id in self._curves else len(measured_at(group.size)) for group in self.known)
@@ -228,20 +219,20 @@ class _Search:
                 raise PlanError("the residual stream alone saves more than was asked")
         return {**knapsack(self._items(cost), cost, self._what, share), **self._streams}
 
-    def _items(self, cost: CostModel) -> list[_Item | SiteItem]:
+    def _items(self, cost: CostModel) -> list[Item]:
         """One item per group, or for heads and what lies inside them together."""
         losses = {group.id: self._curves[group.id] * self._scale[group.id] for group in self.known}
-        found: list[_Item | SiteItem] = []
+        found: list[Item] = []
         taken: set[str] = set()
         for heads in (group for group in self.known if group.kind == "head"):
             members = [group for group in inside(heads, self.known) if group.id not in taken]
             if members:
-                widths = {group.id: _widths(group, self._multiple) for group in members}
+                choices = tied(members, self._multiple, self._ties)
                 curve = partial(self._survivors, heads)
-                found.append(site_item(heads, members, widths, losses[heads.id], curve, cost, self._what))
+                found.append(site_item(heads, choices, losses[heads.id], curve, cost, self._what))
                 taken.update(group.id for group in (heads, *members))
         rest = [group for group in self.known if group.id not in taken]
-        return found + [_item(group, losses[group.id], cost, self._what, self._multiple) for group in rest]
+        return found + [_item(one, losses, cost, self._what) for one in tied(rest, self._multiple, self._ties)]
 
     def _survivors(self, heads: Group, group: Group, kept: int) -> np.ndarray:
         """Losses of a group by width when only some of the heads it lies in stay."""
@@ -308,18 +299,19 @@ def _probed(curve: np.ndarray) -> int:
     return kept
 
 
-def _item(group: Group, losses: np.ndarray, cost: CostModel, what: str, multiple: int) -> _Item:
-    widths = _widths(group, multiple)
-    return _Item(group, widths, losses[widths], cost.at_widths(what, group.atom, widths))
+def _item(choice: Tie, losses: Mapping[str, np.ndarray], cost: CostModel, what: str) -> Item:
+    """What one group, or several that are tied, offer: costs are those of cutting each alone.
+
+    Args:
+        losses: by group id and width, [size + 1].
+    """
+    pairs = list(zip(choice.groups, choice.widths.T, strict=True))
+    lost = np.sum([losses[group.id][widths] for group, widths in pairs], axis=0)
+    costs = np.sum([cost.at_widths(what, group.atom, widths) for group, widths in pairs], axis=0)
+    return Item(choice.groups, choice.widths, lost, costs)
 
 
-def _widths(group: Group, multiple: int) -> np.ndarray:
-    """The widths a group may have, ascending."""
-    step = step_of(group, multiple)
-    return np.unique(np.append(np.arange(min(step, group.size), group.size + 1, step), group.size))
-
-
-def knapsack(items: Sequence[_Item | SiteItem], cost: CostModel, what: str, share: float) -> dict[str, int]:
+def knapsack(items: Sequence[Item], cost: CostModel, what: str, share: float) -> dict[str, int]:
     """Widths of least loss at a cost, by Lagrange multiplier and single steps for the rest.
 
     Raises:
@@ -355,7 +347,7 @@ def knapsack(items: Sequence[_Item | SiteItem], cost: CostModel, what: str, shar
 
 
 def _step_down(
-    items: Sequence[_Item | SiteItem],
+    items: Sequence[Item],
     picks: list[int],
     spent: Callable[[Sequence[int]], float],
     budget: float,

@@ -18,9 +18,10 @@ from onnxsnp.evaluation import layers as measuring
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.ir import Graph
-from onnxsnp.planning.allocation import keep_count, step_of
+from onnxsnp.planning.allocation import keep_count
 from onnxsnp.planning.latency_table import LatencyTable, LayerTimes, WholeTime, read_table, write_table
 from onnxsnp.planning.plan import GroupPlan, Plan
+from onnxsnp.planning.ties import step_of
 from onnxsnp.surgery.apply import apply
 
 if TYPE_CHECKING:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from onnxsnp.deploy import fusion
 from onnxsnp.errors import PlanError
 from onnxsnp.graph.groups import Group
 from onnxsnp.options import Options
 from onnxsnp.planning import allocation
 from onnxsnp.planning.plan import Plan
+from onnxsnp.planning.ties import Tie
 
 if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
@@ -46,14 +48,21 @@ def automatic(options: Options, analysis: Analysis) -> bool:
     return {group.kind for group in scoped(options, analysis)} != {"residual"}
 
 
+def ties(options: Options, analysis: Analysis) -> list[Tie]:
+    """Groups that have to keep one width for the target to fuse their attention."""
+    if options.device is None:
+        return []
+    return fusion.ties(analysis, options.device, options.planned_precision, options.multiple)
+
+
 def counts(options: Options, analysis: Analysis) -> dict[str, int]:
     """Kept neurons by group id, for allocations that need no measurement."""
     groups, ratio = scoped(options, analysis), options.ratio or 0.0
     if from_file(options):
-        return allocation.from_file(options.allocation, groups, options.multiple_of, options.scope is not None)
+        return allocation.from_file(options.allocation, groups, options.multiple, options.scope is not None)
     if options.allocation == "uniform":
-        return allocation.uniform(groups, ratio, options.multiple_of)
-    return allocation.to_cost(groups, analysis.cost, ratio, options.of, options.multiple_of)
+        return allocation.uniform(groups, ratio, options.multiple, ties(options, analysis))
+    return allocation.to_cost(groups, analysis.cost, ratio, options.of, options.multiple, ties(options, analysis))
 
 
 def to_cut(options: Options, analysis: Analysis, plan: Plan | None, kept: Mapping[str, int] | None) -> list[Group]:

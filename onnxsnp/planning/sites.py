@@ -9,25 +9,27 @@ of all combinations those that no other beats in both cost and loss, with their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnxsnp.evaluation.cost import CostModel
 from onnxsnp.graph.groups import Group
+from onnxsnp.planning.ties import Tie
 
 Curve = Callable[[Group, int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class SiteItem:
-    """The widths that a head group and the groups inside its heads may have together.
+class Item:
+    """The widths that one or more groups may have together, and what they cost and lose.
 
     Attributes:
-        groups: the heads, then the groups inside.
-        widths: [n, groups], in ascending order of cost.
-        losses, costs: [n]; more cost is less loss (or as much).
+        groups: of a site: the heads, then the groups inside.
+        widths: [n, groups].
+        losses: [n].
+        costs: [n], ascending.
     """
 
     groups: tuple[Group, ...]
@@ -47,19 +49,17 @@ def inside(heads: Group, groups: Sequence[Group]) -> list[Group]:
 
 def site_item(
     heads: Group,
-    members: Sequence[Group],
-    widths: Mapping[str, np.ndarray],
+    members: Sequence[Tie],
     losses: np.ndarray,
     curve: Curve,
     cost: CostModel,
     what: str,
-) -> SiteItem:
-    """Combine what one site offers.
+) -> Item:
+    """Combine what one site offers: the combinations than which none both costs and loses less.
 
     Args:
         heads: the head group.
-        members: the groups inside.
-        widths: by group id, those that each member may have; ascending, the last is its size.
+        members: the groups inside, with the widths they may have.
         losses: by number of heads, of cutting heads alone, [heads + 1]; entry 0 is not read.
         curve: (member, heads that stay) -> its losses by width, [size + 1].
         cost: of everything else uncut.
@@ -69,12 +69,14 @@ def site_item(
     for kept in range(1, heads.size + 1):
         table = np.asarray([[cost.total(what, {heads.atom: kept}), losses[kept], kept]])
         for member in members:
-            own = widths[member.id]
-            saved = _change(cost, what, heads, kept, member, own)
-            table = _best(_joined(table, np.stack([saved, curve(member, kept)[own], own], axis=1)))
+            pairs = list(zip(member.groups, member.widths.T, strict=True))
+            saved = sum(_change(cost, what, heads, kept, group, own) for group, own in pairs)
+            lost = sum(curve(group, kept)[own] for group, own in pairs)
+            table = _best(_joined(table, np.column_stack([saved, lost, member.widths])))
         found.append(table)
     table = _best(np.concatenate(found))
-    return SiteItem((heads, *members), table[:, 2:].astype(np.int64), table[:, 1], table[:, 0])
+    groups = (heads, *(group for member in members for group in member.groups))
+    return Item(groups, table[:, 2:].astype(np.int64), table[:, 1], table[:, 0])
 
 
 def _change(cost: CostModel, what: str, heads: Group, kept: int, group: Group, widths: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
     )
     console.print(Text(line), highlight=False)
     if data["sites"]:
-        table = _table("attention site", "heads", "Q–K size", "V size", "can be cut")
+        table = new_table("attention site", "heads", "Q–K size", "V size", "can be cut")
         for site in data["sites"]:
             able = ", ".join(_KIND_NAMES[kind] for kind in ("qk", "v", "head") if site["prunable"][kind]) or "nothing"
             table.add_row(_plain(site["name"]), str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
@@ -40,7 +40,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
         console.print("no attention site found", style="yellow")
     others = [group for group in data["groups"] if group["kind"] not in ("qk", "v", "head")]
     if others:
-        table = _table("group", "kind", "size", "MACs that scale with it", "can be cut")
+        table = new_table("group", "kind", "size", "MACs that scale with it", "can be cut")
         for group in others:
             table.add_row(
                 _plain(group["id"]),
@@ -66,6 +66,8 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
         if step["kept"]:
             change = f"loss on unseen samples {step['before']:.4g} → {step['after']:.4g}"
             console.print(Text(f"{step['name']}: {change}"), highlight=False)
+    for line in _on_target(record.get("target")):
+        console.print(Text(line), highlight=False)
     for note in record["notes"]:
         console.print(Text(f"note: {note}"), style="yellow", highlight=False)
     proof = record.get("verification")
@@ -77,6 +79,37 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
     if record["output"]:
         # one line however long, so that the path can be copied
         console.print(Text(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s"), soft_wrap=True)
+
+
+def _on_target(target: Mapping[str, Any] | None) -> list[str]:
+    """What the target asked for, and whether it can still fuse attention."""
+    if target is None:
+        return []
+    step = target["multiple_of"]
+    widths = f"widths are multiples of {step}" if step > 1 else "any width will do"
+    head = f"{target['name']} in {target['precision']}: {widths}"
+    return [head, *fusion(target["fused_attention"])]
+
+
+def fusion(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether attention can be fused, as few lines as there are reasons.
+
+    Args:
+        sites: with `site`, `kept`, `why`, and `before` where something was cut.
+    """
+    if not sites:
+        return []
+    kept = sum(site["kept"] for site in sites)
+    lines = [f"attention that can be fused: {kept} of {len(sites)} sites"] if kept else []
+    others = [site for site in sites if not site["kept"]]
+    for rule in dict.fromkeys(site["rule"] for site in others):
+        mine = [site for site in others if site["rule"] == rule]
+        what = "fused attention lost" if any(site.get("before") for site in mine) else "no fused attention"
+        alike = len({site["why"] for site in mine}) == 1
+        where = "" if alike and len(mine) == len(sites) else f" at {mine[0]['site']}"
+        more = f" (and at {len(mine) - 1} more)" if where and len(mine) > 1 else ""
+        lines.append(f"{what}{where}: {mine[0]['why']}{more}")
+    return lines
 
 
 def dry_run(console: Console, plan: Path | None) -> None:
@@ -101,11 +134,11 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
     tables = []
     if cells:
         kinds = [kind for kind in _COLUMNS if any(kind in row for row in cells.values())]
-        tables.append(_table("block", *(_KIND_NAMES[kind] for kind in kinds)))
+        tables.append(new_table("block", *(_KIND_NAMES[kind] for kind in kinds)))
         for number in sorted(cells):
             tables[0].add_row(str(number), *(cells[number].get(kind, "–") for kind in kinds))
     if others:
-        tables.append(_table("group", "size"))
+        tables.append(new_table("group", "size"))
         for name, text in others:
             tables[-1].add_row(_plain(name), text)
     return tables
@@ -119,7 +152,7 @@ def _change(group: Mapping[str, Any], left: int | None) -> str:
 
 
 def _before_after(record: Mapping[str, Any]) -> Table:
-    table = _table("", "before", "after", "change")
+    table = new_table("", "before", "after", "change")
     before, after = record["before"], record["after"]
     for name, key in (("parameters", "params"), ("MACs", "macs")):
         table.add_row(name, count(before[key]), count(after[key]), _percent(before[key], after[key]))
@@ -169,7 +202,7 @@ def evaluations(console: Console, results: Sequence[Mapping[str, Any]], descript
     labelled = results[0]["top1"] is not None
     columns = ["top-1", "95 % CI", "top-5"] if labelled else []
     compared = ["agreement", "cosine", "KL"] if len(results) > 1 else []
-    table = _table("model", *columns, *compared)
+    table = new_table("model", *columns, *compared)
     for result, name in zip(results, _names(results), strict=True):
         row: list[str | Text] = [name]
         if labelled:
@@ -197,7 +230,7 @@ def evaluations(console: Console, results: Sequence[Mapping[str, Any]], descript
 
 def latencies(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     """The result of `onnxsnp bench`."""
-    table = _table("model", "median", "p90", "min", "speed-up", "file")
+    table = new_table("model", "median", "p90", "min", "speed-up", "file")
     for index, (result, name) in enumerate(zip(results, _names(results), strict=True)):
         low, high = result["speedup_interval"]
         ratio = "1" if index == 0 else f"{result['speedup']:.2f}× ({low:.2f}–{high:.2f})"
@@ -229,7 +262,8 @@ def _plain(name: str) -> Text:
     return Text(name, overflow="fold")
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """A plain table: the first column is text, the others are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")

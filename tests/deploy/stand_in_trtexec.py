@@ -52,6 +52,7 @@ SINCE = {  # first and last version that knows it
     "--skipInference": ((8, 6), (99,), False),
     "--fp16": ((8, 0), (11,), False),
     "--layerPrecisions": ((8, 4), (11,), True),
+    "--precisionConstraints": ((8, 4), (11,), True),
     "--stronglyTyped": ((10,), (99,), False),
     "--includeDataTransfers": ((11,), (99,), False),
     "--noCudaGraph": ((11,), (99,), False),
@@ -164,7 +165,7 @@ def outputs(model, inputs):
 def write_outputs(path, found):
     """Six digits, as C++ streams write them; dimensions with x between."""
     how, sep = SETTINGS.get("run"), "  "
-    with open(path, "w") as stream:
+    with open(path, "w", encoding="utf-8") as stream:
         stream.write("[\n")
         for name, values in found.items():
             flat = [float(value) for value in values.reshape(-1)]
@@ -181,18 +182,20 @@ def write_outputs(path, found):
 
 
 def write_times(path, given, model):
-    """Below 8.6 with the runs of the warm-up, which are slow."""
+    """Up to 8.4 with the runs of the warm-up, which are slow."""
     base = SETTINGS.get("ms", len(model) / 1000)
-    warm, start, lines = float(given.get("--warmUp", 200)), 0.0, []
-    while start < warm + base * int(given.get("--iterations", 10)):
-        compute = base * (1 + 0.01 * (len(lines) % 7)) if start >= warm else 10 * base + warm / 3
-        if start >= warm or VERSION < (8, 6):
+    warm, start, lines, counted = float(given.get("--warmUp", 200)), 0.0, [], 0
+    while counted < int(given.get("--iterations", 10)):
+        timed = start >= warm
+        counted += timed
+        compute = base * (1 + 0.01 * (counted % 7)) if timed else 10 * base + warm / 3
+        if timed or VERSION < (8, 5):
             end = start + compute
             stamps = [start, start + 0.1, start, start + 0.1, start, end, end, end + 0.1]
             keys = ["startEnqMs", "endEnqMs", "startH2dMs", "endH2dMs", "startComputeMs", "endComputeMs", "startD2hMs"]
             keys += ["endD2hMs", "h2dMs", "computeMs", "d2hMs", "latencyMs"]
             values = [*stamps, 0.1, compute, 0.1, compute + 0.2]
-            if VERSION < (8, 6):
+            if VERSION < (8, 4):
                 keys, values = [*keys, "endToEndMs"], [*values, compute + 0.2]
             lines.append(", ".join(f'"{key}" : {value:g}' for key, value in zip(keys, values, strict=True)))
         start += compute

@@ -33,6 +33,8 @@ from onnxsnp.planning.automatic import (
 )
 from onnxsnp.planning.curves import Loss
 from onnxsnp.planning.selection import Selector, requirements
+from onnxsnp.planning.sites import Item
+from onnxsnp.planning.ties import alone
 from onnxsnp.reconstruction.full import Reconstruction
 
 
@@ -60,6 +62,10 @@ def group(atom: int, size: int, kind: str = "ffn") -> Group:
     return Group(f"{kind}.{atom}", kind, size, 1, atom, (), (), (), ())
 
 
+def one_item(one: Group, losses: np.ndarray, cost: Any, what: str, multiple: int) -> Item:
+    return _item(alone(one, multiple), {one.id: losses}, cost, what)
+
+
 def convex(rng: np.random.Generator, size: int) -> np.ndarray:
     """A curve that falls ever more slowly to zero, [size + 1]; nothing is known about width 0."""
     steps = np.sort(rng.exponential(size=size) ** 2)[::-1]
@@ -75,7 +81,7 @@ def problem(
     kinds = kinds or ["ffn"] * len(costs.sizes)
     groups = [group(atom, size, kinds[atom]) for atom, size in enumerate(costs.sizes)]
     curves = [convex(rng, size) * rng.uniform(0.1, 10) for size in costs.sizes]
-    items = [_item(one, curve, costs, "macs", multiple) for one, curve in zip(groups, curves, strict=True)]
+    items = [one_item(one, curve, costs, "macs", multiple) for one, curve in zip(groups, curves, strict=True)]
     return groups, curves, items
 
 
@@ -127,7 +133,7 @@ def test_with_steps_of_any_cost_it_is_within_a_step_of_the_optimum(seed: int, sh
     last = max(  # what the dearest of the last steps lost; with wide steps it may take two to meet the budget
         items[at].losses[pick] - items[at].losses[pick + 1]
         for at, kept in enumerate(counts.values())
-        if (pick := items[at].widths.tolist().index(kept)) + 1 < len(items[at].widths)
+        if (pick := items[at].widths[:, 0].tolist().index(kept)) + 1 < len(items[at].widths)
     )
     assert lost(curves, counts) <= max(brute(curves, costs, cost - step, multiple), best + multiple * last) + 1e-12
     for name, kept in counts.items():
@@ -146,7 +152,7 @@ def test_the_budget_is_met_where_steps_allow(seed: int, share: float) -> None:
 def test_fine_steps_fill_up_what_a_coarse_step_would_overshoot() -> None:
     costs = Costs([100.0, 1.0], [10, 200])
     flat = [np.linspace(1, 0, 11), np.linspace(1000, 0, 201)]  # the coarse group is by far the cheaper one
-    items = [_item(group(atom, costs.sizes[atom]), flat[atom], costs, "macs", 1) for atom in range(2)]
+    items = [one_item(group(atom, costs.sizes[atom]), flat[atom], costs, "macs", 1) for atom in range(2)]
     counts = knapsack(items, costs, "macs", 0.375)  # 450 of 1200: four coarse steps and fifty fine ones
     assert spent(costs, counts) == pytest.approx(750, abs=0.5) and counts == {"ffn.0": 6, "ffn.1": 150}
 
@@ -163,7 +169,7 @@ def test_where_one_group_reads_another_the_saving_is_that_of_both(share: float) 
     groups = [one for one in analysis.structure.groups if one.kind == "ffn"]
     assert len(groups) == 3
     rng = np.random.default_rng(0)
-    items = [_item(one, convex(rng, one.size), analysis.cost, "macs", 1) for one in groups]
+    items = [one_item(one, convex(rng, one.size), analysis.cost, "macs", 1) for one in groups]
     counts = knapsack(items, analysis.cost, "macs", share)
     got = analysis.cost.total("macs", {one.atom: counts[one.id] for one in groups})
     assert abs(got - analysis.cost.total("macs") * (1 - share)) <= (90 + 70) / 2
@@ -174,7 +180,9 @@ def test_widths_are_multiples_or_untouched(multiple: int) -> None:
     costs = Costs([1.0, 2.0, 1.0, 1.0], [64, 36, 100, 5])
     _, _, items = problem(1, costs, multiple)
     assert all(
-        item.widths[-1] == item.group.size and item.widths[0] == min(multiple, item.group.size) for item in items
+        item.widths[-1] == one.size and item.widths[0] == min(multiple, one.size)
+        for item in items
+        for one in item.groups
     )
     for share in (0.1, 0.4, 0.7):
         try:
@@ -182,9 +190,9 @@ def test_widths_are_multiples_or_untouched(multiple: int) -> None:
         except PlanError:
             assert multiple == 16 and share == 0.7
             continue
-        for item in items:
-            kept = counts[item.group.id]
-            assert 1 <= kept <= item.group.size and (kept % multiple == 0 or kept == item.group.size)
+        for one in (item.groups[0] for item in items):
+            kept = counts[one.id]
+            assert 1 <= kept <= one.size and (kept % multiple == 0 or kept == one.size)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
@@ -192,7 +200,7 @@ def test_a_group_that_does_not_matter_goes_first_and_only_as_far_as_was_asked(sh
     costs = Costs([1.0, 1.0, 1.0], [100, 100, 100])
     _, curves, _ = problem(0, costs)
     curves[1] = np.zeros(101)
-    items = [_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
+    items = [one_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
     counts = knapsack(items, costs, "macs", share)
     assert spent(costs, counts) == pytest.approx(300 * (1 - share), abs=1)
     if share < 0.33:
@@ -204,7 +212,7 @@ def test_a_group_that_does_not_matter_goes_first_and_only_as_far_as_was_asked(sh
 def test_neurons_that_lose_nothing_go_before_all_others() -> None:
     costs = Costs([1.0, 1.0], [100, 100])
     curves = [np.maximum(60.0 - np.arange(101), 0), np.maximum(90.0 - np.arange(101), 0) * 1e-3]
-    items = [_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
+    items = [one_item(group(atom, 100), curve, costs, "macs", 1) for atom, curve in enumerate(curves)]
     assert lost(curves, knapsack(items, costs, "macs", 0.2)) == 0
     assert knapsack(items, costs, "macs", 0.25) == {"ffn.0": 60, "ffn.1": 90}
     assert knapsack(items, costs, "macs", 0.5) == {"ffn.0": 60, "ffn.1": 40}

@@ -24,6 +24,7 @@ from onnxsnp.planning.allocation import off_target, to_cost
 from onnxsnp.planning.automatic import _item, knapsack
 from onnxsnp.planning.latency import LayerLatency, isotonic, measure_table, table_for
 from onnxsnp.planning.latency_table import LatencyTable, LayerTimes, WholeTime, read_table, write_table
+from onnxsnp.planning.ties import alone
 
 Price = Callable[[str, float], float]  # (kind of group, width as a share of the full size) -> ms of the layer
 
@@ -74,7 +75,7 @@ def curves(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
 def solved(analysis: Analysis, cost: CostModel, share: float, multiple: int = 1) -> dict[str, int]:
     groups = scoped(analysis)
     losses = curves(groups)
-    return knapsack([_item(one, losses[one.id], cost, "latency", multiple) for one in groups], cost, "latency", share)
+    return knapsack([_item(alone(one, multiple), losses, cost, "latency") for one in groups], cost, "latency", share)
 
 
 def got(analysis: Analysis, cost: CostModel, counts: dict[str, int]) -> float:

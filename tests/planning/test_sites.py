@@ -12,7 +12,8 @@ import pytest
 from onnxsnp.analysis import Analysis, analyse_model
 from onnxsnp.graph.groups import Group
 from onnxsnp.planning.automatic import knapsack
-from onnxsnp.planning.sites import SiteItem, inside, site_item
+from onnxsnp.planning.sites import Item, inside, site_item
+from onnxsnp.planning.ties import alone
 
 HEADS, QK, V = 4, 5, 6
 
@@ -33,19 +34,17 @@ def curves(analysis: Analysis, seed: int) -> dict[str, np.ndarray]:
     return found
 
 
-def item(
-    analysis: Analysis, index: int, losses: Mapping[str, np.ndarray], what: str = "macs", step: int = 1
-) -> SiteItem:
+def item(analysis: Analysis, index: int, losses: Mapping[str, np.ndarray], what: str = "macs", step: int = 1) -> Item:
     heads = analysis.groups[f"head.{index}"]
     members = inside(heads, [group for group in analysis.structure.groups if group.kind in ("qk", "v")])
     assert {group.id for group in members} == {f"qk.{index}", f"v.{index}"}
-    widths = {group.id: np.unique([*range(step, group.size, step), group.size]) for group in members}
+    choices = [alone(group, step) for group in members]
 
     def curve(group: Group, kept: int) -> np.ndarray:
         total: np.ndarray = losses[group.id][:kept].sum(axis=0)
         return total
 
-    return site_item(heads, members, widths, losses[heads.id], curve, analysis.cost, what)
+    return site_item(heads, choices, losses[heads.id], curve, analysis.cost, what)
 
 
 def plans(analysis: Analysis, index: int, losses: Mapping[str, np.ndarray], what: str) -> list[tuple[float, float]]:
@@ -90,7 +89,7 @@ def test_widths_are_those_allowed(analysis: Analysis) -> None:
         assert 1 <= heads <= HEADS and qk in (2, 4, QK) and v in (2, 4, V)
 
 
-def frontier(items: Sequence[SiteItem], total: float) -> np.ndarray:
+def frontier(items: Sequence[Item], total: float) -> np.ndarray:
     """Costs and losses of the best plans, by dynamic programming over all items, [n, 2]."""
     front = np.asarray([[total, 0.0]])
     for one in items:

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Builds a TensorRT engine of each model in this folder, times them in turn and compares their outputs. See README.md.
 #
-#   sh build.sh [--force] [--tf32] [--rounds N] [--seconds S] [--build-only]
+#   sh build.sh [--force] [--tf32] [--rounds N] [--seconds S] [--build-only] [--keep-times]
 #
-# TRTEXEC=/path/to/trtexec chooses the program. Everything is written below results/.
+# --keep-times goes on with a run that was cut off, where it was. TRTEXEC=/path/to/trtexec chooses the program.
+# Everything is written below results/.
 set -u
 
 here=$(dirname "$0")
@@ -24,6 +25,7 @@ locked=""
 force=0
 tf32=0
 build_only=0
+keep_times=0
 
 say() {
     printf '%s\n' "$*"
@@ -43,7 +45,10 @@ interrupted() {
     trap '' INT TERM HUP
     if [ -n "$child" ]; then
         kill -TERM "$child" 2>/dev/null
+        { sleep 3; kill -KILL "$child"; } >/dev/null 2>&1 & # a process that has just begun may miss the first signal
+        killer=$!
         wait "$child" 2>/dev/null
+        kill "$killer" 2>/dev/null
     fi
     echo "build.sh: interrupted; finished engines stay, nothing half-written does" >&2
     exit 130
@@ -61,6 +66,7 @@ parse_options() {
             --force) force=1 ;;
             --tf32) tf32=1 ;;
             --build-only) build_only=1 ;;
+            --keep-times) keep_times=1 ;;
             --rounds | --seconds)
                 number "$1" "${2:-}"
                 if [ "$1" = --rounds ]; then ROUNDS=$2; else SECONDS_EACH=$2; fi
@@ -225,8 +231,12 @@ digest() { # file
 run() { # log command...
     log=$1
     shift
+    pending=0
+    trap 'pending=1' INT TERM HUP # until it is known what to stop
     "$@" >"$log" 2>&1 &
     child=$!
+    trap interrupted INT TERM HUP
+    [ "$pending" = 0 ] || interrupted
     wait "$child"
     status=$?
     child=""
@@ -254,17 +264,20 @@ build_with() { # label workspace
         set -- "$@" "--memPoolSize=workspace:$workspace"
     fi
     if [ "$PRECISION" = fp16 ] && [ "$dialect" != 11 ]; then set -- "$@" --fp16; fi
+    if [ "$PRECISION" = fp16 ] && [ "$dialect" != 8.2 ] && [ "$dialect" != 11 ] && [ -f "$label/precisions.txt" ]; then
+        set -- "$@" --precisionConstraints=obey "--layerPrecisions=$(cat "$label/precisions.txt")"
+    fi
     if [ "$PRECISION" = fp32 ] && [ "$tf32" = 0 ]; then set -- "$@" --noTF32; fi
     run "results/$label/build.log" "$trtexec" "$@"
 }
 
 ran_out_of_memory() { # status log
     [ "$1" = 137 ] && return 0 # killed, as the kernel does
-    grep -qiE 'out ?of ?memory|insufficient memory|cuda failure: 2|bad_alloc|cannot allocate memory|not enough memory' "$2"
+    grep -qiE 'out ?of ?memory|insufficient memory|cuda failure: 2|bad_alloc|cannot allocate memory|enough (free )?memory' "$2"
 }
 
-last_error() { # log
-    grep -E '\[E\]|Unknown option|rror:' "$1" | head -n 1
+first_error() { # log
+    grep -E '\[E\]|rror:' "$1" | head -n 1 | sed 's/^.*\[E\] */: /' | cut -c 1-300
 }
 
 build() { # label
@@ -291,8 +304,7 @@ build() { # label
             die "trtexec wrote no engine of $1; its output is in $folder/build.log"
         fi
         if ! ran_out_of_memory "$status" "$folder/build.log"; then
-            say "$(last_error "$folder/build.log")"
-            die "trtexec could not build $1 (status $status); its output is in $folder/build.log"
+            die "trtexec could not build $1 (status $status$(first_error "$folder/build.log")); its output is in $folder/build.log"
         fi
         say "$1: out of memory with this workspace"
     done
@@ -309,11 +321,12 @@ time_model() { # label round
     label=$1
     round=$2
     folder=results/$label
-    inputs=$label/inputs.txt
-    [ "$code" -ge 100000 ] || inputs=$label/inputs32.txt
+    inputs=$(cat "$label/inputs.txt")
+    [ "$code" -ge 100000 ] || inputs=$(cat "$label/inputs32.txt")
     part=$folder/times.$round.json.part
-    set -- "--loadEngine=$folder/model.engine" "--loadInputs=$(cat "$inputs")" "--warmUp=$WARM_UP" \
+    set -- "--loadEngine=$folder/model.engine" "--warmUp=$WARM_UP" \
         "--duration=$SECONDS_EACH" "--iterations=$ITERATIONS" "--exportTimes=$part"
+    if [ -n "$inputs" ]; then set -- "$@" "--loadInputs=$inputs"; fi
     if [ "$TIMES_ONLY" = 0 ] && [ "$round" = 1 ]; then set -- "$@" "--exportOutput=$folder/output.json"; fi
     if [ "$dialect" = 11 ]; then
         set -- "$@" --includeDataTransfers --noCudaGraph # what the versions before it do unless told
@@ -323,8 +336,7 @@ time_model() { # label round
     run "$folder/run.$round.log" "$trtexec" "$@"
     status=$?
     if [ "$status" != 0 ] || [ ! -s "$part" ]; then
-        say "$(last_error "$folder/run.$round.log")"
-        die "trtexec could not run $label (status $status); its output is in $folder/run.$round.log"
+        die "trtexec could not run $label (status $status$(first_error "$folder/run.$round.log")); its output is in $folder/run.$round.log"
     fi
     mv "$part" "$folder/times.$round.json" || die "cannot write into $folder"
     part=""
@@ -335,7 +347,7 @@ time_model() { # label round
 time_all() {
     backwards=""
     for label in $MODELS; do
-        rm -f results/"$label"/times.*.json results/"$label"/run.*.log results/"$label"/output.json
+        [ "$keep_times" = 1 ] || rm -f results/"$label"/times.*.json results/"$label"/run.*.log results/"$label"/output.json
         backwards="$label $backwards"
     done
     turn=1
@@ -344,6 +356,7 @@ time_all() {
         order=$MODELS
         [ $((turn % 2)) = 1 ] || order=$backwards
         for one in $order; do
+            [ "$keep_times" = 1 ] && [ -s "results/$one/times.$turn.json" ] && continue
             time_model "$one" "$turn"
         done
         turn=$((turn + 1))

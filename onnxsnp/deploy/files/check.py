@@ -91,7 +91,7 @@ def read_times(folder: str, label: str, warm_up: float) -> Tuple[List[float], Li
     whole, alone = [], []
     for name in names:
         runs = read_json(os.path.join(place, name), "the times of " + label)
-        try:  # below 8.6 trtexec lists its warm-up among the runs
+        try:  # up to 8.4 trtexec lists its warm-up among the runs
             counted = [run for run in runs if run["startComputeMs"] >= warm_up]
             whole += [float(run["latencyMs"]) for run in counted]
             alone += [float(run["computeMs"]) for run in counted]
@@ -295,16 +295,22 @@ def main(arguments: List[str]) -> int:
         with open(path + ".part", "w", encoding="utf-8") as stream:
             json.dump(found, stream, indent=1)
         os.replace(path + ".part", path)
-        print("\n".join(table(found)))
+        tell("\n".join(table(found)), sys.stdout)
         problems = found["problems"]
     for problem in problems:
-        print("check.py: " + problem, file=sys.stderr)
+        tell("check.py: " + problem, sys.stderr)
     return 1 if problems else 0
+
+
+def tell(text: str, stream: Any) -> None:
+    """Devices often have a terminal of plain ASCII, and names in models may be anything."""
+    code = stream.encoding or "ascii"
+    stream.write(text.encode(code, "backslashreplace").decode(code) + "\n")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except Broken as trouble:
-        print("check.py: {}".format(trouble), file=sys.stderr)
+        tell("check.py: {}".format(trouble), sys.stderr)
         sys.exit(1)
