@@ -247,6 +247,37 @@ def test_operators_of_other_domains_that_stay_keep_their_domain() -> None:
     assert {entry.domain for entry in lowered.opset_import} == {"", "com.microsoft"}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_symmetrically_quantised_projection_stays_quantised_for_every_target(target: str) -> None:
+    rng, feeds = np.random.default_rng(0), {"x": noise(2, 4)}
+    held = {
+        "s": np.float32(0.02).reshape(()),
+        "z": np.int8(0).reshape(()),
+        "w": rng.integers(-127, 128, (4, 3)).astype(np.int8),
+        "ws": np.asarray([0.01, 0.02, 0.03], np.float32),
+        "wz": np.zeros(3, np.int8),
+        "b": rng.integers(-5000, 5000, 3).astype(np.int32),
+        "bs": np.asarray([0.0002, 0.0004, 0.0006], np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"], name="q"),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"], name="dq"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"], name="weight", axis=1),
+        helper.make_node("DequantizeLinear", ["b", "bs"], ["bf"], name="bias", axis=0),
+        helper.make_node("MatMul", ["xf", "wf"], ["p"], name="product"),
+        helper.make_node("Add", ["p", "bf"], ["y"], name="sum"),
+    ]
+    values = [helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", [2, 4]), ("y", [2, 3]))]
+    tensors = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    lowered = assert_lowered(model, feeds, target)
+    weights = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
+    assert ops(lowered).count("DequantizeLinear") == 2  # not of the bias
+    assert (TensorProto.INT8 in [weights[name] for name in weights if name == "w"]) == (target == "jetson-orin")
+    assert TensorProto.INT32 not in weights.values()
+
+
 def test_changes_say_what_was_done_and_how_often() -> None:
     feeds = {"x": noise(2, 4)}
     lowered = lower(node_model("LayerNormalization", feeds, {"g": noise(4)}, opset=17), NANO)
