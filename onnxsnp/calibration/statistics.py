@@ -1,8 +1,8 @@
 """One pass over the calibration data with a session that computes moments itself.
 
 The instrumented copy of the model carries extra nodes for the Gram matrices of query and key (per image and head) and
-for the second moments of the inputs of projections; only these small matrices leave the session. Sums are kept in
-float64, so passes over parts of the data can be added.
+for the second moments of the inputs of projections; only these small matrices leave the session, where they are
+added up.
 
 Second moments of a wide activation take longer than the layer itself, and the tokens of an image say much the same. So
 where there are far more tokens than features, some are passed over, not the same ones in every batch.
@@ -30,6 +30,7 @@ from onnxsnp.graph.gains import GainSite
 from onnxsnp.graph.groups import Group
 from onnxsnp.graph.inputs import padding_masks
 from onnxsnp.graph.ir import Graph, Namer, SharedSession
+from onnxsnp.model import give_back
 from onnxsnp.parallel import Crew
 from onnxsnp.runtime import is_inverted
 from onnxsnp.scoring.snp import qk_scores
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 _WAITING_BYTES = 64 << 20  # of Gram matrices that wait to be scored
 _WIDE, _BANDS = 256, 4  # second moments of activations this wide are computed in so many bands
-ENOUGH = 16  # tokens per feature of a wide activation: where there are twice as many, only every second is taken
+ENOUGH = 8  # tokens per feature of a wide activation: where there are twice as many, only every second is taken
 _SIDE_BY_SIDE_BYTES = 64 << 20  # of moments per batch up to which batches are run side by side
 
 
@@ -174,6 +175,7 @@ def collect(
         result.samples += batch.count
         if progress is not None:
             progress(result.samples)
+        values.clear()
     scorer.flush()
     for name in list(sums):
         result.moments[name] = sums.pop(name).moments()
@@ -184,7 +186,8 @@ def _runs(
     builder: _Builder, batches: Iterable[Batch], samples: int | None, threads: int | None, provider: str
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Batches, and what the session returns for each. The first one shows how many tokens there are to come."""
-    crew = Crew.of(threads, provider) if builder.bytes <= _SIDE_BY_SIDE_BYTES else Crew.whole(threads, provider)
+    apart = builder.bytes <= _SIDE_BY_SIDE_BYTES
+    crew = Crew.of(threads, provider) if apart else Crew.whole(threads, provider)
     session = builder.session(crew)
     steps = dict.fromkeys(builder.widths, 1)
 
@@ -203,12 +206,21 @@ def _runs(
         tokens = int(values[size]) // width * (samples or 0) // batch.count
         steps[name] = max(1, tokens // (ENOUGH * width))
     yield batch, values
-    yield from crew.map(run, numbered)
+    del batch, values
+    if apart:
+        yield from crew.map(run, numbered)
+        return
+    for item in numbered:  # a result that waits would take up room, too, and so would what the allocator keeps
+        give_back()
+        yield run(item)
 
 
 @dataclass
 class _Sums:
-    """Moments while they are added up: of the second ones only bands on and right of the diagonal, in double precision.
+    """Moments while they are added up: of the second ones only bands on and right of the diagonal.
+
+    Those of a wide activation are in single precision, like the products they are sums of: in double precision they
+    would be larger than the model.
 
     Attributes:
         bands: [rows, width − start] each, from the top.
@@ -244,7 +256,8 @@ def _add(sums: dict[str, _Sums], name: str, bands: Sequence[np.ndarray], total: 
             hint="check the preprocessing, or the model in float32",
         )
     if name not in sums:
-        sums[name] = _Sums([np.zeros(band.shape) for band in bands], np.zeros(total.size))
+        kind = np.float32 if len(bands) > 1 else np.float64
+        sums[name] = _Sums([np.zeros(band.shape, kind) for band in bands], np.zeros(total.size))
     held = sums[name]
     for mine, band in zip(held.bands, bands, strict=True):
         mine += band

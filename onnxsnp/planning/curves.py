@@ -134,7 +134,9 @@ class Loss:
 
 def _tails(analysis: Analysis, batches: Sequence[Batch], crew: Crew) -> list[_Tail]:
     """The whole network, and its rests from a few places on the residual stream."""
-    graph = analysis.graph
+    graph = analysis.graph.copy()
+    # every session that is fed a part of a packed weight would make a copy of its own
+    graph.weights = {name: np.asarray(array, order="C") for name, array in graph.weights.items()}
     streams = [branch.stream for branch in find_branches(graph, analysis.dependencies, analysis.linears)]
     made = {name: index for index, node in enumerate(graph.nodes) for name in node.output}
     early = min(made.get(name, -1) for name in graph.outputs)  # outputs must not lie before a start

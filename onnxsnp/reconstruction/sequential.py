@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from onnxsnp.analysis import Analysis
 
 _ENOUGH = 32  # tokens per fitted row of a weight; neighbouring tokens say much the same
+_ROOM = 1024  # width of x from which on it is kept in half precision
+_LEAST, _MOST = 0.1, 6e4  # of the largest |x| for which that will do
 STRENGTH = 3.0  # λ as a share of the mean variance of x
 
 State = dict[str, np.ndarray]
@@ -152,7 +154,7 @@ def refit_in_order(
             give_back()
             if progress is not None:
                 progress(index + 1, len(branches))
-    return sweep.found
+    return sweep.found()
 
 
 class _Sweep:
@@ -175,7 +177,7 @@ class _Sweep:
         self._cut = _Walk(self._narrow, branches, crew)
         self._tokens = 0  # of the branch before; not known for the first, which is fitted on all
         self.strength, self.local = STRENGTH, True
-        self.found: dict[str, np.ndarray] = {}
+        self._new: set[str] = set()
 
     def branch(self, index: int, states: Iterable[tuple[State, State]]) -> list[tuple[State, State]]:
         """Fit one branch, and take all samples past it."""
@@ -189,7 +191,7 @@ class _Sweep:
         network = self._local(branch)
         if network is not None:
             states, ahead = self._fit_whole(network, branch, states, ahead, mapped), _same
-        fit = _Fit(branch, self._narrow)
+        fit = _Fit(branch, self._narrow, branch.linear.data not in self._cut.needed(index))
         every = self._tokens // (_ENOUGH * len(fit.weight))
         behind = self._cut.step(index, [branch.linear.data, branch.other], skip=branch.stream)
 
@@ -199,6 +201,7 @@ class _Sweep:
             wanted = mapped(original[branch.stream])
             joint = fit.moments(pruned, wanted, _rows(number, every))
             self._whole.forget(index, original)
+            fit.pack(pruned)
             return (original, pruned), joint, wanted.size // wanted.shape[-1]
 
         moved, self._tokens = [], 0
@@ -249,11 +252,17 @@ class _Sweep:
         return LocalFit(network, self._narrow, self._crew) if network and network.group.atom in cut else None
 
     def _take(self, new: Mapping[str, np.ndarray]) -> None:
-        """Weights of the narrow network, which go into `found` in their original shapes."""
-        for name, array in new.items():
-            self._narrow.weights[name] = array
-            original = self._analysis.graph.weights[name]
-            self.found[name] = _spread(array, original, name, self._analysis.dependencies, self._cuts)
+        """Weights of the narrow network."""
+        self._narrow.weights.update(new)
+        self._new.update(new)
+
+    def found(self) -> dict[str, np.ndarray]:
+        """The weights found, in their original shapes: they take up more room than the samples leave until the end."""
+        weights, dependencies = self._analysis.graph.weights, self._analysis.dependencies
+        return {
+            name: _spread(self._narrow.weights[name], weights[name], name, dependencies, self._cuts)
+            for name in sorted(self._new)
+        }
 
 
 def _same(state: State) -> State:
@@ -307,6 +316,10 @@ class _Walk:
         for name in state.keys() - set(self._segments[index].outputs):
             del state[name]
 
+    def needed(self, index: int) -> frozenset[str]:
+        """What is read behind a branch."""
+        return frozenset(self._segments[index].outputs)
+
     def step(self, index: int, extra: Sequence[str], skip: str | None = None) -> Callable[[State], State]:
         """From the state before a branch to the one behind it.
 
@@ -340,6 +353,7 @@ class _Fit:
 
     branch: Branch
     narrow: Graph
+    spare: bool  # whether nothing behind the branch reads x
     weight: np.ndarray = field(init=False)
     bias: np.ndarray = field(init=False)
     scale: np.ndarray = field(init=False)
@@ -358,8 +372,23 @@ class _Fit:
         goal, other = (self.branch.rows(array)[rows] for array in (wanted, state[self.branch.other]))
         return Joint.of(self._inputs(state)[rows], (goal.astype(np.float32) - other) / self.scale)
 
+    def pack(self, state: State) -> None:
+        """Keep a wide x in half precision: it takes the most room of all, and its last bits say nothing.
+
+        Not where its values leave the range in which half precision is relative to the largest of them.
+        """
+        x = state[self.branch.linear.data]
+        if (
+            x.dtype == np.float32
+            and self.spare
+            and len(self.weight) >= _ROOM
+            and _LEAST < np.abs(x).max(initial=0.0) < _MOST
+        ):
+            state[self.branch.linear.data] = x.astype(np.float16)
+
     def _inputs(self, state: State) -> np.ndarray:
-        return state[self.branch.linear.data].reshape(-1, len(self.weight))
+        x = state[self.branch.linear.data].reshape(-1, len(self.weight))
+        return x.astype(self.weight.dtype) if x.dtype == np.float16 else x
 
     def solve(self, strength: float) -> None:
         dtype, start = self.weight.dtype, self.weight.astype(np.float64)
