@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnxsnp.deploy.importer import import_model, open_log
 
+from onnxsnp.deploy.importer import import_model, open_log
 from onnxsnp.deploy.lint import lint
 from onnxsnp.deploy.lower import lower
 from onnxsnp.deploy.parity import parity
