@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -129,12 +130,13 @@ def test_ctrl_c_leaves_nothing_on_the_device(bundle: Path, device: Device, loopb
         from onnxsnp.deploy.ssh import Ssh
         run_remote({str(bundle)!r}, "loopback", ssh={loopback.ssh!r}, progress=lambda line: print(line, flush=True))
         """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + textwrap.dedent(script)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "building" in line:
             break
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode != 0
     assert device.running() == [] and loopback.left == []
