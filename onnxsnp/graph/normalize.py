@@ -65,14 +65,14 @@ def normalize(model: Model, sizes: Mapping[str, Sequence[int]] | None = None) ->
     expanded = expand(base, measured.shapes)
     if expanded:
         measured = probe(base, sizes)
-    _fold(base, measured.constant)
+    fold(base, measured.constant)
     # weights that are sliced or resampled to sizes which the graph reads from shapes; masks need them in both forms
     derived = {name: value for name, value in measured.invariant.items() if value.size > 1 and value.dtype.kind == "f"}
-    _fold(base, derived)
+    fold(base, derived)
     copy_tables(base, measured)
     unshare(base)
     graph = base.copy()
-    _fold(graph, {name: value for name, value in measured.invariant.items() if name not in derived})
+    fold(graph, {name: value for name, value in measured.invariant.items() if name not in derived})
     unshare(graph)
     shapes = {**measured.shapes, **{name: array.shape for name, array in graph.weights.items()}}
     single = {**measured.single, **{name: array.shape for name, array in graph.weights.items()}}
@@ -190,7 +190,7 @@ _CONSTANTS = {
 }
 
 
-def _fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
+def fold(graph: Graph, values: Mapping[str, np.ndarray]) -> None:
     """Replace tensors by their known values, unless that would make the file larger."""
     produced = graph.producers()
     namer = Namer(graph.names())
