@@ -162,6 +162,7 @@ class Graph:
         optimize: bool = True,
         feed: Collection[str] = (),
         bounded: bool = False,
+        arena: bool = False,
     ) -> SharedSession:
         """Open this graph in onnxruntime without copying its weights; one that holds bfloat16 in single precision.
 
@@ -170,6 +171,7 @@ class Graph:
             optimize: False keeps every tensor of the graph as it is written (no fusion).
             feed: weights that must be replaceable in `SharedSession.run`, however small they are.
             bounded: runs may not use all of the machine's memory.
+            arena: keep the memory of activations between runs, which is faster when there are many.
 
         Raises:
             ModelError: onnxruntime refuses the graph.
@@ -186,7 +188,7 @@ class Graph:
             threads=threads,
             provider=provider,
             optimize=optimize,
-            arena=bounded,  # the bound is the arena's
+            arena=arena or bounded,  # the bound is the arena's
             bounded=bounded,
         )
         return SharedSession(session, shared)

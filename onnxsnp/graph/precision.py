@@ -44,32 +44,47 @@ def element_types(model: onnx.ModelProto) -> dict[str, np.dtype]:
     }
 
 
+_BRAIN = frozenset({TensorProto.BFLOAT16})
+_OTHERS = frozenset({TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.DOUBLE})
+
+
 def widen(model: onnx.ModelProto) -> None:
     """Turn every bfloat16 of a model into single precision, in place."""
-    _widen_graph(model.graph)
+    _widen_graph(model.graph, _BRAIN)
 
 
-def _widen_graph(graph: GraphProto) -> None:
+def to_single(shell: onnx.ModelProto, nodes: Iterable[NodeProto], weights: dict[str, np.ndarray]) -> None:
+    """Turn every floating-point type of a graph into single precision, in place."""
+    _widen_graph(shell.graph, _OTHERS)
+    for node in nodes:
+        _widen_node(node, _OTHERS)
+    for name, array in weights.items():
+        if is_float(array.dtype):
+            weights[name] = array.astype(np.float32, copy=False)
+
+
+def _widen_graph(graph: GraphProto, kinds: frozenset[int]) -> None:
     for value in [*graph.input, *graph.output, *graph.value_info]:
         kind = value.type.tensor_type
-        if kind.elem_type == TensorProto.BFLOAT16:
+        if kind.elem_type in kinds:
             kind.elem_type = TensorProto.FLOAT
     for tensor in graph.initializer:
-        _widen_tensor(tensor)
+        _widen_tensor(tensor, kinds)
     for node in graph.node:
-        _widen_node(node)
+        _widen_node(node, kinds)
 
 
-def _widen_node(node: NodeProto) -> None:
+def _widen_node(node: NodeProto, kinds: frozenset[int]) -> None:
     for entry in node.attribute:
-        if entry.type == AttributeProto.INT and entry.name in _TYPE_ATTRIBUTES and entry.i == TensorProto.BFLOAT16:
+        if entry.type == AttributeProto.INT and entry.name in _TYPE_ATTRIBUTES and entry.i in kinds:
             entry.i = TensorProto.FLOAT
         elif entry.type == AttributeProto.TENSOR:
-            _widen_tensor(entry.t)
+            _widen_tensor(entry.t, kinds)
         elif entry.type == AttributeProto.GRAPH:
-            _widen_graph(entry.g)
+            _widen_graph(entry.g, kinds)
 
 
-def _widen_tensor(tensor: TensorProto) -> None:
-    if tensor.data_type == TensorProto.BFLOAT16:
-        tensor.CopyFrom(numpy_helper.from_array(wide(numpy_helper.to_array(tensor)), tensor.name))
+def _widen_tensor(tensor: TensorProto, kinds: frozenset[int]) -> None:
+    if tensor.data_type in kinds:
+        array = wide(numpy_helper.to_array(tensor)).astype(np.float32, copy=False)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))

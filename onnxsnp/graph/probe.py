@@ -26,7 +26,7 @@ from onnxsnp.limits import limited, memory_limit
 from onnxsnp.runtime import first_line, symbol_size
 
 _SHAPE_OPS = {"Shape", "Size"}
-_RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _IMAGE, _SEQUENCE = 224, 16
 _RANK = 32  # of numpy's arrays
 _LARGEST = 2**28  # entries of all inputs of one run together
@@ -134,7 +134,7 @@ def _derived(graph: Graph) -> tuple[set[str], set[str]]:
     """Names that depend on weights alone, and names that depend on weights and shapes alone."""
     constant, derived = set(graph.weights), set(graph.weights)
     for node in graph.nodes:
-        if node.op_type in _RANDOM_OPS or is_quantised(node):
+        if node.op_type in RANDOM_OPS or is_quantised(node):
             continue  # what is stored as integers is not to become a floating-point weight
         reads = [name for name in node.input if name] + subgraph_reads(node)
         if all(name in constant for name in reads):

@@ -54,6 +54,7 @@ def backward_graph(
     for name, gradient in wanted.items():
         tape.give(name, gradient)
     met: dict[str, str] = {}
+    passed: list[NodeProto] = []
     for node in reversed(graph.nodes):
         grads = [tape.gradient(name) for name in node.output]
         if not any(grads):
@@ -66,6 +67,7 @@ def backward_graph(
             continue
         try:
             RULES[node.op_type](node, grads, tape)
+            passed.append(node)
         except NoRuleError as error:
             met[node.name] = f"no gradient passes {node.op_type}: {error}"
     tape.prefix = ""
@@ -73,7 +75,7 @@ def backward_graph(
     built = graph.copy()
     built.nodes += tape.nodes
     built.weights.update(tape.weights)
-    return Backward(built, gradients, met, _missing(graph, parameters, gradients, met))
+    return Backward(built, gradients, met, _missing(graph, parameters, gradients, met, passed))
 
 
 def _no_rule(node: NodeProto, opset: int) -> str:
@@ -103,18 +105,23 @@ def _carrying(nodes: Iterable[NodeProto], parameters: Sequence[str]) -> set[str]
 
 
 def _missing(
-    graph: Graph, parameters: Sequence[str], gradients: Mapping[str, str], stops: Mapping[str, str]
+    graph: Graph,
+    parameters: Sequence[str],
+    gradients: Mapping[str, str],
+    stops: Mapping[str, str],
+    passed: Sequence[NodeProto],
 ) -> dict[str, str]:
     """For each parameter without a gradient, the first operator on its way that stopped one."""
+    own = {  # statistics that a BatchNormalization has recorded, a Clip's bounds
+        name: f"{node.op_type} does not train it (at {node.name})" for node in passed for name in node.input
+    }
     behind: dict[str, str] = {}
     for node in reversed(graph.nodes):
-        reason = stops.get(node.name, "")
-        if reason:
-            reason = f"{reason} (at {node.name})"
-        reason = reason or next((behind[name] for name in node.output if name in behind), "")
+        stop = stops.get(node.name)
+        reason = f"{stop} (at {node.name})" if stop else next(filter(None, map(behind.get, node.output)), "")
         if reason:
             for name in [*node.input, *subgraph_reads(node)]:
                 behind.setdefault(name, reason)
-    return {
-        name: behind.get(name, "nothing that is matched depends on it") for name in parameters if name not in gradients
-    }
+    reasons = {**own, **behind}
+    unread = "nothing that is matched depends on it"
+    return {name: reasons.get(name, unread) for name in parameters if name not in gradients}

@@ -47,6 +47,13 @@ def div(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
         t.give(right, t.add("Neg", t.add("Mul", share, node.output[0])), _shape(node, t))
 
 
+def remainder(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
+    """a − b ⌊a / b⌋: a moves it as much as itself."""
+    if t.wants(node.input[1]):
+        raise NoRuleError("what it divides by is computed from parameters")
+    t.give(node.input[0], grads[0], _shape(node, t))
+
+
 def power(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
     """∂(xᵏ)/∂x = k xᵏ⁻¹ for a constant k."""
     base, exponent = node.input
@@ -231,6 +238,7 @@ RULES = {
     "Log": logarithm,
     "Max": extreme,
     "Min": extreme,
+    "Mod": remainder,
     "Mul": mul,
     "Neg": negative,
     "PRelu": prelu,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from onnxsnp.graph.ir import attribute
+from onnxsnp.graph.ir import attribute, set_attribute
 from onnxsnp.recovery.gradients.tape import NoRuleError, Shape, Tape
 
 
@@ -116,8 +116,7 @@ def max_pool(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
 def resampled(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
     """AveragePool and Resize: linear along one axis at a time; each axis goes back through its matrix, transposed."""
     data = node.input[0]
-    shape, out = t.shapes[data], t.shapes[node.output[0]]
-    grad = grads[0]
+    shape, grad = t.shapes[data], grads[0]
     for axis in range(len(shape)):
         matrix = _matrix(node, axis, t)
         if matrix is None:
@@ -125,8 +124,6 @@ def resampled(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
         order = [index for index in range(len(shape)) if index != axis] + [axis]
         grad = t.add("MatMul", t.transpose(grad, order), t.constant(matrix))
         grad = t.transpose(grad, [order.index(index) for index in range(len(shape))])
-    if out == shape and grad == grads[0]:
-        grad = t.add("Identity", grad)
     t.give(data, grad)
 
 
@@ -138,12 +135,11 @@ def _matrix(node: NodeProto, axis: int, t: Tape) -> np.ndarray | None:
     from onnxsnp.runtime import open_session
 
     shape, out = t.shapes[node.input[0]], t.shapes[node.output[0]]
-    if axis < 2 and shape[axis] == out[axis]:
+    if axis < 2:
+        if shape[axis] != out[axis]:
+            raise NoRuleError("it resamples the batch or the channels")
         return None
-    if shape[axis] != out[axis] and axis < 2:
-        raise NoRuleError("it resamples the batch or the channels")
-    clone = NodeProto()
-    clone.CopyFrom(node)
+    clone = _one_axis(node, axis - 2) if node.op_type == "AveragePool" else node
     model = helper.make_model(
         helper.make_graph(
             [clone],
@@ -169,6 +165,18 @@ def _matrix(node: NodeProto, axis: int, t: Tape) -> np.ndarray | None:
     session = open_session(model.SerializeToString(), optimize=False, arena=False)
     answer = session.run(None, {node.input[0]: units})[0][:, 0]
     return _along(answer, axis - 1)
+
+
+def _one_axis(node: NodeProto, kept: int) -> NodeProto:
+    """The pooling with a window along one of the spatial axes only."""
+    clone = NodeProto()
+    clone.CopyFrom(node)
+    for name, idle in (("kernel_shape", 1), ("strides", 1), ("dilations", 1), ("pads", 0)):
+        given = attribute(node, name)
+        if given is not None:
+            spatial = len(attribute(node, "kernel_shape"))
+            set_attribute(clone, name, [v if index % spatial == kept else idle for index, v in enumerate(given)])
+    return clone
 
 
 def _along(answer: np.ndarray, axis: int) -> np.ndarray:
