@@ -53,12 +53,16 @@ def _mean(tensor: str, t: Tape) -> str:
 def _affine(node: NodeProto, grad: str, unit: str, t: Tape, size: int) -> str:
     """The gradient of x̂ from that of γ x̂ + β; gives those of γ and β. All are matrices of rows that are normalised."""
     scale = node.input[1]
-    rows = prod(t.shapes[node.input[0]]) // size
     if len(node.input) > 2 and node.input[2] and t.wants(node.input[2]):
-        t.give(node.input[2], t.unbroadcast(grad, (rows, size), t.shapes[node.input[2]]))
+        t.give(node.input[2], t.reshape(t.column_sums(grad), t.shapes[node.input[2]]))
     if t.wants(scale):
-        t.give(scale, t.unbroadcast(t.add("Mul", grad, unit), (rows, size), t.shapes[scale]))
+        t.give(scale, t.reshape(t.column_sums(t.add("Mul", grad, unit)), t.shapes[scale]))
     return t.add("Mul", grad, t.reshape(scale, [size]))
+
+
+def _per_channel(node: NodeProto, size: int, t: Tape) -> None:
+    if any(name and prod(t.shapes[name]) != size for name in node.input[1:]):
+        raise NoRuleError("its scale is not one number per channel")
 
 
 def layer_norm(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
@@ -67,9 +71,7 @@ def layer_norm(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
     shape = t.shapes[data]
     size = prod(shape[attribute(node, "axis", -1) % len(shape) :])
     rows = prod(shape) // size
-    for name in node.input[1:]:
-        if name and prod(t.shapes[name]) != size:
-            raise NoRuleError("its scale is not one number per channel")
+    _per_channel(node, size, t)
     x, grad = t.reshape(data, [rows, size]), t.reshape(grads[0], [rows, size])
     ones = t.constant(np.ones(size))
     unit, _, inverse = t.several("LayerNormalization", 3, x, ones, axis=1, epsilon=attribute(node, "epsilon", 1e-5))
@@ -86,6 +88,7 @@ def rms_norm(node: NodeProto, grads: Sequence[str], t: Tape) -> None:
     shape = t.shapes[data]
     size = prod(shape[attribute(node, "axis", -1) % len(shape) :])
     rows = prod(shape) // size
+    _per_channel(node, size, t)
     x, grad = t.reshape(data, [rows, size]), t.reshape(grads[0], [rows, size])
     spread = t.add("Add", _mean(t.add("Mul", x, x), t), t.constant(attribute(node, "epsilon", 1e-5)))
     inverse = t.add("Reciprocal", t.add("Sqrt", spread))

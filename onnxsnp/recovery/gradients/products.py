@@ -54,7 +54,10 @@ def _vectors(node: NodeProto, grad: str, t: Tape) -> None:
     flat = t.reshape(grad, [*batch, wide[-2], tall[-1]])
     if t.wants(left):
         part = t.add("MatMul", flat, _swapped(t.reshape(right, tall), len(tall), t))
-        t.give(left, part if len(a) > 1 else t.unbroadcast(part, (*batch, *wide[-2:]), a), (*batch, *a[-2:]))
+        if len(a) > 1:
+            t.give(left, part, (*batch, *wide[-2:]))
+        else:
+            t.give(left, t.unbroadcast(part, (*batch, *wide[-2:]), a))
     if t.wants(right):
         part = t.add("MatMul", _swapped(t.reshape(left, wide), len(wide), t), flat)
         if len(b) > 1:

@@ -111,7 +111,7 @@ class Tape:
             return self.add("ReduceSum", tensor, axes=list(axes), keepdims=int(keep))
         return self.add("ReduceSum", tensor, self.integers(axes), keepdims=int(keep))
 
-    def column_sums(self, tensor: str, rows: int) -> str:
+    def column_sums(self, tensor: str) -> str:
         """Sums over the rows of a matrix [rows, columns], as [1, columns]."""
         return self.sum(tensor, [0])
 
@@ -124,9 +124,8 @@ class Tape:
         kept = [axis for axis in range(len(shape)) if axis not in axes and shape[axis] > 1]
         if not kept or min(kept) > max(axes):  # only leading axes: the sums of a matrix's columns
             rows = prod(shape[: max(axes) + 1])
-            return self.reshape(
-                self.column_sums(self.reshape(gradient, [rows, prod(shape) // max(rows, 1)]), rows), target
-            )
+            matrix = self.reshape(gradient, [rows, prod(shape) // max(rows, 1)])
+            return self.reshape(self.column_sums(matrix), target)
         return self.reshape(self.sum(gradient, axes), target)
 
     # ------------------------------------------------------------------------------------------- operators with history
@@ -136,9 +135,12 @@ class Tape:
 
     def pad(self, tensor: str, before: Sequence[int], after: Sequence[int]) -> str:
         """Zeros around a tensor; negative numbers cut entries off."""
-        if not any(before) and not any(after):
-            return tensor
-        return self.add("Pad", tensor, self.integers([*before, *after]))
+        cut = [axis for axis, ends in enumerate(zip(before, after, strict=True)) if min(ends) < 0]
+        if cut:
+            starts, ends = ([max(-side[axis], 0) for axis in cut] for side in (before, after))
+            tensor = self.slice(tensor, starts, [-end or 2**62 for end in ends], cut)
+        pads = [max(size, 0) for size in (*before, *after)]
+        return self.add("Pad", tensor, self.integers(pads)) if any(pads) else tensor
 
     def scatter_rows(self, rows: str, indices: str, count: int, width: int, entries: int) -> str:
         """Rows [entries, width] added up in a table [count, width], each at its index."""
