@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,12 +96,46 @@ class Dataset:
         self.labelled = source.labels is not None
         self._source, self._order, self._fixed, self._pad = source, order, fixed, pad
         self._broken: set[int] = set()
+        self._members = set(order.tolist())
         self._probe()
+
+    def part(self, start: int, stop: int | None, batch_size: int | None = None) -> Dataset:
+        """The samples from one place of the order to another, broken ones counted.
+
+        Args:
+            batch_size: samples per batch where the model leaves it open; None: as here.
+        """
+        found = self._with_order(self._order[start:stop])
+        found.batch_size = self.batch_size if self._fixed else batch_size or self.batch_size
+        return found
+
+    def mixed(self, rng: np.random.Generator) -> Dataset:
+        """The same samples in another order."""
+        return self._with_order(rng.permutation(self._order))
+
+    def without(self, taken: Dataset) -> Dataset:
+        """The samples that another view of the same data does not have."""
+        return self._with_order(self._order[~np.isin(self._order, taken._order)])
+
+    def _with_order(self, order: np.ndarray) -> Dataset:
+        """A view of the same source, which knows of the same broken files."""
+        found = copy(self)
+        found._order, found._members = order, set(order.tolist())
+        return found
+
+    @property
+    def _unreadable(self) -> int:
+        return len(self._broken & self._members)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the model takes batches of exactly `batch_size`."""
+        return self._fixed
 
     @property
     def samples(self) -> int:
         """Real samples in one pass, as far as known: less those found broken and a remainder that is dropped."""
-        readable = len(self._order) - len(self._broken)
+        readable = len(self._order) - self._unreadable
         return readable - readable % self.batch_size if self._drops else readable
 
     @property
@@ -112,7 +147,7 @@ class Dataset:
     @property
     def skipped_count(self) -> int:
         """How many broken files were found so far."""
-        return len(self._broken)
+        return self._unreadable
 
     @property
     def description(self) -> str:
@@ -120,11 +155,11 @@ class Dataset:
         parts = [f"{self.samples} {self._source.description}"]
         if len(self._order) < len(self._source):
             parts.append(f"spread over {len(self._source)}")
-        dropped = len(self._order) - len(self._broken) - self.samples
+        dropped = len(self._order) - self._unreadable - self.samples
         if dropped:
             parts.append(f"{dropped} dropped to fill batches of exactly {self.batch_size}")
-        if self._broken:
-            parts.append(f"{len(self._broken)} unreadable and skipped")
+        if self._unreadable:
+            parts.append(f"{self._unreadable} unreadable and skipped")
         return "; ".join(parts)
 
     def __len__(self) -> int:

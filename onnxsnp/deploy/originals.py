@@ -20,7 +20,7 @@ def find_original(path: Path) -> tuple[Path | None, str]:
     Returns:
         Its path, or None and why not in words; nothing where the model has no record.
     """
-    record = _record(path)
+    record = read_record(path)
     if record is None:
         return None, ""
     given = record.get("input")
@@ -32,7 +32,7 @@ def find_original(path: Path) -> tuple[Path | None, str]:
     return None, f"the original {given} is gone; name it with --original for numbers before and after"
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """The run record of a model, if it is one and of this very file."""
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
