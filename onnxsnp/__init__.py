@@ -4,8 +4,8 @@
     >>> result = onnxsnp.prune("model.onnx", 0.3, calibration="images/", output="model.pruned.onnx")
     >>> result.record["after"]["macs"]
 
-The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `evaluate`, `bench`,
-`engine` as `build_engine`.
+The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `recover`, `evaluate`,
+`bench`, `engine` as `build_engine`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxsnp.model import Model, load
     from onnxsnp.planning.plan import Plan, read_plan
     from onnxsnp.pruning import PruneResult, prune
+    from onnxsnp.recovery.recover import RecoverResult, recover
     from onnxsnp.verbs import bench, evaluate
 
 _WHERE = {
@@ -49,6 +50,8 @@ _WHERE = {
     "read_plan": "planning.plan",
     "PruneResult": "pruning",
     "prune": "pruning",
+    "RecoverResult": "recovery.recover",
+    "recover": "recovery.recover",
     "bench": "verbs",
     "evaluate": "verbs",
 }

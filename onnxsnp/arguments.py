@@ -29,6 +29,13 @@ def output_path(model: Path, output: Path | None, dry_run: bool, read: list[Path
     return output
 
 
+def recovered_path(pruned: Path, output: Path | None, read: list[Path | None]) -> Path:
+    """Where a recovered model is written, checked before any work is done."""
+    file = output_path(pruned, output or pruned.with_name(pruned.stem + ".recovered.onnx"), False, read)
+    assert file is not None
+    return file
+
+
 def _check_writable(path: Path, read: list[Path | None]) -> None:
     if path.is_dir():
         raise ModelError(f"output {path} is a folder", hint="give a file name")

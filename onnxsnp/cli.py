@@ -230,6 +230,15 @@ def prune(
         Path | None,
         typer.Option(help="Apply a plan, or the plan of a run record, instead of making one.", rich_help_panel=_METHOD),
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="10m",
+            help="Then distil the original into the pruned model on the --calibration data, for this long (90s, 10m, "
+            "1h); no labels are needed. See onnxsnp recover.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; write no model.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -261,13 +270,16 @@ def prune(
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:
             print("onnxsnp: --ratio does nothing with --plan, which says what to keep", file=sys.stderr)
-        with progress_bar() as progress:
+        bar = progress_bar()
+        with bar as progress:
             result = prune_model(
                 model,
                 ratio,
                 output=None if dry_run else file,
                 dry_run=dry_run,
                 progress=progress,
+                say=bar.say,
+                recover=recover,
                 allocation=allocation,
                 of=of,
                 latency_table=latency_table,
@@ -298,6 +310,114 @@ def prune(
             terminal.pruning(stdout(), result.record)
             if dry_run:
                 terminal.dry_run(stdout(), file)
+
+    guarded(work, debug)
+
+
+@app.command()
+def recover(
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED", help="A pruned .onnx file.")],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model before pruning. Default: the one in the run record.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or zip of images, .npz/.npy of inputs, or a folder with one .npy per input, like those the "
+            "model will see; no labels needed. All of it is used, as it is needed.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    minutes: Annotated[
+        str | None,
+        typer.Option(help="How long to train: minutes, or 90s, 10m, 1h. Default 10.", rich_help_panel=_METHOD),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Make exactly so many steps instead; the same seed, machine and threads then give the same file.",
+            min=1,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where to write; default PRUNED.recovered.onnx. The run record goes beside it as .json.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="How many to use, evenly spread; all by default.", min=1, rich_help_panel=_INPUT)
+    ] = None,
+    preprocess: PreprocessOption = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images in class folders (or a zip of them): report top-1 before and after.", rich_help_panel=_INPUT
+        ),
+    ] = None,
+    input_shape: InputShape = None,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the cycle.", rich_help_panel=_METHOD)] = 1.5e-4,
+    batch: Annotated[int, typer.Option(help="Samples of a step.", min=1, rich_help_panel=_METHOD)] = 16,
+    no_augment: Annotated[
+        bool,
+        typer.Option("--no-augment", help="Take images as they are: no crops, flips, colour.", rich_help_panel=_METHOD),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from what an interrupted run left beside the output.", rich_help_panel=_METHOD
+        ),
+    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Win back accuracy: the original is distilled into the pruned model; no labels, no training framework."""
+
+    def work() -> None:
+        from onnxsnp.arguments import recovered_path
+        from onnxsnp.recovery.options import minutes as in_minutes
+        from onnxsnp.recovery.recover import recover as recover_model
+        from onnxsnp.report import terminal
+
+        if minutes is not None and steps is not None:
+            raise PlanError("--minutes and --steps both say when to stop", hint="give one of them")
+        file = recovered_path(pruned, output, [teacher, Path(preprocess or "")])
+        if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
+            raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
+        bar = progress_bar()
+        with bar as progress:
+            result = recover_model(
+                pruned,
+                teacher,
+                output=file,
+                progress=progress,
+                say=bar.say,
+                calibration=calibration,
+                minutes=in_minutes(minutes or 10),
+                steps=steps,
+                samples=samples,
+                preprocess=preprocess,
+                eval_data=eval_data,
+                learning_rate=learning_rate,
+                batch=batch,
+                augment=not no_augment,
+                resume=resume,
+                threads=threads,
+                seed=seed,
+                input_shapes=input_shapes(input_shape, pruned),
+            )
+        print_json(result.record) if as_json else terminal.recovery(stdout(), result.record)
 
     guarded(work, debug)
 

@@ -130,5 +130,9 @@ class progress_bar:
             self._tasks[stage] = self._bar.add_task(stage, total=total or None)
         self._bar.update(self._tasks[stage], completed=done, total=total or None)
 
+    def say(self, line: str) -> None:
+        """A line on stderr, above the bar."""
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def __exit__(self, *error: object) -> None:
         self._bar.stop()

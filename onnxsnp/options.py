@@ -13,6 +13,7 @@ from onnxsnp.errors import PlanError
 from onnxsnp.planning.allocation import check_ratio, unknown
 from onnxsnp.planning.plan import Plan
 from onnxsnp.planning.selection import COMPENSATIONS
+from onnxsnp.recovery.options import RecoverOptions, minutes
 from onnxsnp.scoring.criteria import CRITERIA
 
 PAPER_SAMPLES = 64
@@ -46,6 +47,7 @@ class Options:
     seed: int = 0
     input_shapes: Mapping[str, Sequence[int]] | None = None
     latency: bool = True
+    recover: str | float | None = None
 
     @property
     def fit_samples(self) -> int:
@@ -98,6 +100,8 @@ class Options:
             raise PlanError(f"--multiple-of must be 1 or more, got {self.multiple_of}")
         if self.samples is not None and self.samples < 1:
             raise PlanError(f"samples must be 1 or more, got {self.samples}")
+        if self.recover is not None:
+            self._check_recovery(self.recover)
         if self.ratio is not None:
             check_ratio(self.ratio)
         elif self.plan is None and self.allocation in ("auto", "uniform"):
@@ -111,6 +115,29 @@ class Options:
         if precision not in self.device.precisions:
             has = ", ".join(self.device.precisions)
             raise PlanError(f"{self.device.name} does not run {precision}", hint=f"it has {has}")
+
+    def _check_recovery(self, duration: str | float) -> None:
+        minutes(duration)
+        if self.calibration is None:
+            raise PlanError("recovery learns from real data", hint="add --calibration; no labels are needed")
+        if hasattr(self.calibration, "__next__"):
+            raise PlanError("recovery reads the data more than once, an iterator can be read once", hint="give a list")
+
+    @property
+    def recovery(self) -> RecoverOptions:
+        """How the pruned model is recovered.
+
+        Raises:
+            PlanError: the duration makes no sense.
+        """
+        return RecoverOptions(
+            calibration=self.calibration,
+            minutes=minutes(self.recover or 0),
+            preprocess=self.preprocess,
+            threads=self.threads,
+            seed=self.seed,
+            input_shapes=self.input_shapes,
+        )
 
     def _check_host(self) -> None:
         if self.of != "latency":

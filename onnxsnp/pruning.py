@@ -45,6 +45,7 @@ from onnxsnp.planning.plan import Plan, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.record import new_record, settings
+from onnxsnp.recovery.recover import open_data, recovered
 from onnxsnp.refinement import refine
 from onnxsnp.runtime import InputSpec
 from onnxsnp.scoring.criteria import CRITERIA
@@ -86,6 +87,7 @@ def prune(
     output: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune a model.
@@ -96,6 +98,7 @@ def prune(
         output: where to write the model, and its record beside it as `.json`; nothing is written if None.
         dry_run: stop once the plan is made.
         progress: called as (stage, done, total).
+        say: called with a line now and then while the model is recovered.
         options: the fields of `Options`.
 
     Returns:
@@ -104,7 +107,7 @@ def prune(
     Raises:
         OnnxSnpError: bad input, a plan that cannot be met, or a cut model that did not prove right. Nothing is written.
     """
-    run = _Run(Options(ratio=ratio, **options), progress or (lambda stage, done, total: None))
+    run = _Run(Options(ratio=ratio, **options), progress or (lambda stage, done, total: None), say)
     return run.prune(source, output, dry_run)
 
 
@@ -121,9 +124,10 @@ def _advised(analysis: Analysis) -> Iterator[None]:
 class _Run:
     """The stages of one pruning run, their timing and their notes."""
 
-    def __init__(self, options: Options, progress: Progress) -> None:
+    def __init__(self, options: Options, progress: Progress, say: Callable[[str], None] | None = None) -> None:
         self.options = options
         self.progress = progress
+        self.say = say
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.allocation: dict[str, Any] | None = None
@@ -174,7 +178,12 @@ class _Run:
         give_back()
         applied, proof = self._cut(analysis, plan, updates, sample)
         record["verification"] = vars(proof)
-        self._compare(record, analysis, applied.graph, held)
+        compensated = applied.graph
+        if self.options.recover is not None:
+            applied, held = self._recover(record, analysis, applied, data, held)
+        self._compare(record, analysis, applied.graph, held, compensated)
+        compensated.close()
+        del compensated
         if applied.cuts and self.options.latency:
             self._time(record, analysis, applied, sample)
         graph = applied.graph if applied.cuts else None
@@ -441,6 +450,23 @@ class _Run:
         give_back()
         return applied, proof
 
+    def _recover(
+        self, record: dict[str, Any], analysis: Analysis, applied: Applied, data: Dataset, held: list[Batch]
+    ) -> tuple[Applied, list[Batch]]:
+        """Distil the original into the cut model; what judges the result is not learnt from."""
+        if not applied.cuts:
+            self.notes.append("nothing was cut, so there is nothing to recover")
+            return applied, held
+        options = self.options.recovery
+        with self.stage("recover"):
+            judging = data.tail(sum(batch.count for batch in held))
+            rest = open_data(analysis, options).without(judging)
+            graph, found = recovered(analysis, applied.graph, rest, options, self.progress, self.say)
+        record["recovery"] = found.report
+        self.notes.extend(found.report["notes"])
+        give_back()
+        return replace(applied, graph=graph), held
+
     def _write(
         self,
         record: dict[str, Any],
@@ -469,7 +495,9 @@ class _Run:
     def _rounded(self) -> dict[str, float]:
         return {name: round(value, 3) for name, value in self.seconds.items()}
 
-    def _compare(self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch]) -> None:
+    def _compare(
+        self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch], compensated: Graph
+    ) -> None:
         """Run original and cut model side by side: on held-back samples, and on labelled data if there is any."""
         if not held and self.options.eval_data is None:
             return
@@ -479,6 +507,8 @@ class _Run:
             with self.stage("compare"):
                 record["agreement"] = agreement(sessions[0], sessions[1], held)
         if options.eval_data is not None:
+            if compensated is not graph:
+                sessions.insert(1, compensated.opened(options.threads, options.provider))
             record["accuracy"] = self._evaluate(analysis, sessions)
 
     def _time(self, record: dict[str, Any], analysis: Analysis, applied: Applied, sample: Batch) -> None:
@@ -500,9 +530,10 @@ class _Run:
     def _evaluate(self, analysis: Analysis, sessions: Sequence[Any]) -> dict[str, Any]:
         data = self._labelled(analysis)
         with self.stage("evaluate"):
-            before, after = evaluate_models(
+            results = evaluate_models(
                 sessions,
                 data,
                 progress=lambda done, total: self.progress("evaluate", done, total),
             )
-        return {"before": before.to_dict(), "after": after.to_dict()}
+        names = ("before", "after") if len(results) == 2 else ("before", "compensated", "after")
+        return {name: one.to_dict() for name, one in zip(names, results, strict=True)}

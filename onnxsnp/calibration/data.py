@@ -109,6 +109,11 @@ class Dataset:
         found.batch_size = self.batch_size if self._fixed else batch_size or self.batch_size
         return found
 
+    def tail(self, count: int) -> Dataset:
+        """The last `count` of the samples that a pass gave, once there was one."""
+        given = [index for index in self._order.tolist() if index not in self._broken][: self.samples]
+        return self._with_order(np.asarray(given[len(given) - count :], np.int64))
+
     def mixed(self, rng: np.random.Generator) -> Dataset:
         """The same samples in another order."""
         return self._with_order(rng.permutation(self._order))

@@ -110,7 +110,7 @@ def _places(size: int, start: float, length: float) -> tuple[np.ndarray, np.ndar
 
 
 def _window(rows: int, columns: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    area, ratio = rng.uniform(*_AREA), exp(rng.uniform(*map(log, _RATIO)))
+    area, ratio = rng.uniform(*_AREA), exp(rng.uniform(log(_RATIO[0]), log(_RATIO[1])))
     height, width = min(sqrt(area / ratio), 1.0) * rows, min(sqrt(area * ratio), 1.0) * columns
     return rng.uniform(0, rows - height), rng.uniform(0, columns - width), height, width
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import count, islice
 
 import numpy as np
@@ -55,7 +55,7 @@ class Feed:
             inputs = {name: np.concatenate([a, *[a[-1:]] * missing]) for name, a in batch.inputs.items()}
             yield Batch(inputs, None, batch.count)
 
-    def batches(self, epoch: int = 0, taken: int = 0) -> Iterator[tuple[tuple[int, int], Inputs]]:
+    def batches(self, epoch: int = 0, taken: int = 0) -> Generator[tuple[tuple[int, int], Inputs]]:
         """From a place on: the place after each batch (pass, batches taken of it), and the batch.
 
         What does not fill a batch at the end of a pass is left out of it; the next pass has another order.

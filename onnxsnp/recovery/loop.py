@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -177,7 +177,7 @@ class Loop:
                 else:
                     self.show(self, False)
 
-    def _data(self) -> Iterator[Inputs]:
+    def _data(self) -> Generator[Inputs]:
         """Batches from the place on, varied; the same ones whenever the run gets there."""
         with closing(self.feed.batches(*self.place)) as batches:
             for place, inputs in batches:

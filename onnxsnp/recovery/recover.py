@@ -26,7 +26,7 @@ from onnxsnp.errors import PlanError, VerificationError
 from onnxsnp.evaluation.accuracy import check_signature, evaluate_models
 from onnxsnp.evaluation.verify import check_file, tolerance
 from onnxsnp.graph.inputs import graph_inputs
-from onnxsnp.graph.ir import to_tensor
+from onnxsnp.graph.ir import Graph, to_tensor
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.model import Model, check_output, give_back, save
 from onnxsnp.planning.plan import fingerprint
@@ -37,6 +37,7 @@ from onnxsnp.recovery.loop import Loop
 from onnxsnp.recovery.options import RecoverOptions
 from onnxsnp.recovery.report import report
 from onnxsnp.recovery.student import make_student
+from onnxsnp.surgery.apply import finished
 from onnxsnp.verbs import choose_preprocess, class_names
 
 Progress = Callable[[str, int, int], None]
@@ -183,7 +184,7 @@ def distil(
         student,
         feed,
         varied,
-        max(options.batch, micro) if options.batch >= micro else micro,
+        max(options.batch, micro),
         options.learning_rate,
         options.seed,
         options.minutes * 60,
@@ -195,6 +196,22 @@ def distil(
     outcome = loop.run(saved)
     weights = {name: student.as_written(name) for name in student.parameters}
     return Distilled(weights, report(outcome, student, feed, loop, options, data))
+
+
+def recovered(
+    original: Analysis,
+    graph: Graph,
+    data: Dataset,
+    options: RecoverOptions,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Graph, Distilled]:
+    """A cut graph as it would be written, with recovered weights."""
+    done = finished(graph)
+    model = model_files.load(done.to_proto())
+    found = distil(analyse_model(model, options.input_shapes), original, data, options, progress=progress, say=say)
+    done.weights.update(with_weights(model, found.weights).weights)
+    return done, found
 
 
 def open_data(original: Analysis, options: RecoverOptions) -> Dataset:

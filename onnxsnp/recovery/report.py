@@ -43,15 +43,16 @@ def report(
         "best_step": best.step,
         "interrupted": outcome.interrupted,
         "more_images": outcome.more_images,
-        "notes": _notes(outcome, student),
+        "notes": _notes(outcome, student, loop),
     }
 
 
-def _notes(outcome: Outcome, student: Student) -> list[str]:
+def _notes(outcome: Outcome, student: Student, loop: Loop) -> list[str]:
     curve, best, schedule = outcome.curve, outcome.curve[outcome.best], outcome.schedule
     notes = []
     if outcome.interrupted:
-        notes.append(f"interrupted after {schedule.done} of {schedule.steps} steps; --resume goes on from there")
+        on = "; --resume goes on" if loop.path is not None and loop.path.is_file() else ""
+        notes.append(f"interrupted after {schedule.done} of {schedule.steps} steps{on}")
     if outcome.best == 0:
         notes.append("no state was better on the samples held back than the start, which is what was written")
     elif best.step < curve[-1].step:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 _KIND_NAMES = {"qk": "Q–K", "v": "V", "ffn": "FFN", "head": "heads", "channel": "channels", "residual": "residual"}
+_POINTS = 5  # of a curve that are shown, with the best one and the last
 _COLUMNS = ("head", "qk", "v", "ffn")
 
 
@@ -60,12 +61,18 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
     """The result of `onnxsnp prune`: widths per block, then before and after side by side."""
     for table in (*_widths(record["groups"]), _before_after(record)):
         console.print(table)
+    if record.get("recovery") and record.get("accuracy"):
+        stages = new_table("", "before", "after compensation", "after recovery", "by recovery")
+        _add_accuracy(stages, record["accuracy"])
+        console.print(stages)
     if record["skipped"]:
         console.print(f"note: {record['skipped']} unreadable calibration files were skipped", style="yellow")
     for step in record.get("steps", []):
         if step["kept"]:
             change = f"loss on unseen samples {step['before']:.4g} → {step['after']:.4g}"
             console.print(Text(f"{step['name']}: {change}"), highlight=False)
+    if record.get("recovery"):
+        console.print(Text(_recovered(record["recovery"])), highlight=False)
     for line in _on_target(record.get("target")):
         console.print(Text(line), highlight=False)
     for note in record["notes"]:
@@ -79,6 +86,58 @@ def pruning(console: Console, record: Mapping[str, Any]) -> None:
     if record["output"]:
         # one line however long, so that the path can be copied
         console.print(Text(f"wrote {record['output']} in {sum(record['seconds'].values()):.1f} s"), soft_wrap=True)
+
+
+def recovery(console: Console, record: Mapping[str, Any]) -> None:
+    """The result of `onnxsnp recover`: the curves, then before and after side by side."""
+    found = record["recovery"]
+    table = new_table("step", "loss", "loss on samples held back", "same top-1 as the original")
+    shown = found["curve"][:: max(len(found["curve"]) // _POINTS, 1)]
+    shown += [
+        point
+        for point in found["curve"]
+        if point not in shown and point["step"] in (found["best_step"], found["steps"])
+    ]
+    for point in sorted(shown, key=lambda one: one["step"]):
+        mark = " (kept)" if point["step"] == found["best_step"] else ""
+        table.add_row(
+            f"{point['step']}{mark}",
+            _or_dash(point["training"], "{:.4g}"),
+            f"{point['held']['loss']:.4g}",
+            _or_dash(point["held"]["agreement"], "{:.1f} %"),
+        )
+    console.print(table)
+    accuracy = record.get("accuracy")
+    if accuracy is not None:
+        table = new_table("", "original", "pruned", "recovered", "change")
+        _add_accuracy(table, accuracy)
+        console.print(table)
+    console.print(Text(_recovered(found)), highlight=False)
+    for note in found["notes"]:
+        console.print(Text(f"note: {note}"), style="yellow", highlight=False)
+    if record.get("output"):
+        console.print(Text(f"wrote {record['output']} in {record['seconds']['recover']:.1f} s"), soft_wrap=True)
+
+
+def _recovered(found: Mapping[str, Any]) -> str:
+    """A recovery in a line."""
+    return (
+        f"recovery: {found['steps']} steps, {found['passes']:.1f} passes over {found['samples']} samples, "
+        f"loss on {found['held_back']} held back {found['before']['loss']:.4g} → {found['after']['loss']:.4g}"
+    )
+
+
+def _add_accuracy(table: Table, accuracy: Mapping[str, Any]) -> None:
+    """Rows of what models get right, the state between the first and the last included."""
+    stages = [accuracy[name] for name in ("before", "compensated", "after") if name in accuracy]
+    old, new = stages[0], stages[-1]
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+        if old[key] is not None:
+            cells = [f"{one[key]:.2f} %" for one in stages]
+            table.add_row(f"{name} ({new['count']} samples)", *cells, f"{new[key] - stages[-2][key]:+.2f}")
+    if new["agreement"] is not None:
+        cells = [f"{one['agreement']:.2f} %" for one in stages[1:]]
+        table.add_row("same top-1 as the original", "100 %", *cells, "")
 
 
 def _on_target(target: Mapping[str, Any] | None) -> list[str]:
@@ -172,18 +231,8 @@ def _before_after(record: Mapping[str, Any]) -> Table:
             f"{1 / latency['speedup'] - 1:+.1%}",
         )
     accuracy = record.get("accuracy")
-    if accuracy is not None:
-        old, new = accuracy["before"], accuracy["after"]
-        for name, key in (("top-1", "top1"), ("top-5", "top5")):
-            if old[key] is not None:
-                table.add_row(
-                    f"{name} ({new['count']} samples)",
-                    f"{old[key]:.2f} %",
-                    f"{new[key]:.2f} %",
-                    f"{new[key] - old[key]:+.2f}",
-                )
-        if new["agreement"] is not None:
-            table.add_row("same top-1 as the original", "100 %", f"{new['agreement']:.2f} %", "")
+    if accuracy is not None and "compensated" not in accuracy:
+        _add_accuracy(table, accuracy)
     agreement = record.get("agreement")
     if agreement is not None:
         seen = f"({agreement['samples']} held-back samples)"
