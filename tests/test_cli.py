@@ -220,6 +220,42 @@ def test_bench_prints_a_row_for_each_model(here: Path) -> None:
     assert len(json.loads(good("bench", "net.onnx", "--runs", 2, "--json"))["models"]) == 1
 
 
+def test_recover_takes_up_what_prune_wrote(here: Path, images: Path) -> None:
+    prune("--ratio", "0.4", "-o", "small.onnx")
+    options = ("--calibration", images, "--threads", "1")
+    lines = good("recover", "small.onnx", *options, "--eval-data", images, "--steps", "6")
+    assert "loss on samples held back" in lines and "top-1 (20 samples)" in lines
+    assert "wrote small.recovered.onnx" in lines
+    record = json.loads((here / "small.recovered.json").read_text())
+    assert record["recovery"]["steps"] == 6 and record["input"] == "net.onnx"
+    assert record["after"]["bytes"] == (here / "small.recovered.onnx").stat().st_size
+    printed = good("recover", "small.onnx", *options, "--steps", "2", "--json")
+    assert json.loads(printed)["recovery"]["steps"] == 2
+    assert not list(here.glob("*.npz"))
+
+
+def test_prune_recovers_in_one_command(here: Path, images: Path) -> None:
+    lines = prune("--ratio", "0.4", "--calibration", images, "--eval-data", images, "--recover", "1s", "--no-latency")
+    assert "after compensation" in lines and "after recovery" in lines and "recovery: " in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "learns from real data"),
+        (("--calibration", "images", "--minutes", "soon"), "cannot read the duration 'soon'"),
+        (("--calibration", "images", "--minutes", "1", "--steps", "2"), "both say when to stop"),
+        (("--calibration", "missing"), "data missing does not exist"),
+        (("--calibration", "images", "--teacher", "none.onnx"), "no such model file: none.onnx"),
+        (("--calibration", "images", "-o", "net.onnx"), "would overwrite the input"),
+        (("--calibration", "images"), "the original is not known"),
+    ],
+)
+def test_recover_says_what_is_wrong(here: Path, images: Path, arguments: tuple[str, ...], reason: str) -> None:
+    (here / "images").symlink_to(images)
+    assert reason in bad("recover", "net.onnx", *arguments, leaves=["images", "net.onnx"])
+
+
 def test_a_model_without_attention(here: Path) -> None:
     onnx.save(graphs.mlp(8, 16, 5), "mlp.onnx")
     assert "no attention site found" in good("inspect", "mlp.onnx")

@@ -56,9 +56,9 @@ class Augmentation:
         return np.ascontiguousarray(np.moveaxis(x, 0, -1) if self.last else x)
 
     def _jitter(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Brightness, contrast and saturation, within the range of values that the picture has."""
+        """Brightness, contrast and saturation, within the range that each channel has."""
         bright, contrast, saturation = rng.uniform(1 - _JITTER, 1 + _JITTER, 3)
-        low, high = x.min(), x.max()
+        low, high = (bound(x, axis=(1, 2), keepdims=True) for bound in (np.min, np.max))
         pixels = (x * self.std + self.mean) * np.float32(bright)
         grey = np.tensordot(_GREY, pixels[list(self.order)], 1) if self.order else pixels[0]
         pixels = grey.mean() + (pixels - grey.mean()) * np.float32(contrast)

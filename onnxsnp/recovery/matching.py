@@ -72,7 +72,7 @@ def block_outputs(analysis: Analysis) -> list[str]:
     branches = find_branches(graph, analysis.dependencies, analysis.linears)
     streams = sorted({branch.stream for branch in branches}, key=made.__getitem__)
     marks = sorted(order[site.score] for site in analysis.structure.sites)
-    if not marks:
+    if not marks or not streams:
         return streams
     kept: list[str] = []
     for name, following in zip(streams, [*streams[1:], ""], strict=True):

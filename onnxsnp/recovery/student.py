@@ -10,6 +10,7 @@ import numpy as np
 from onnxsnp.analysis import Analysis
 from onnxsnp.calibration.data import Batch
 from onnxsnp.errors import DataError, ModelError
+from onnxsnp.graph.precision import is_float
 from onnxsnp.recovery.gradients.backward import Backward, backward_graph
 from onnxsnp.recovery.gradients.static import Static, static_graph
 from onnxsnp.recovery.loss import Loss, Term, add_loss, spreads
@@ -75,7 +76,8 @@ class Student:
 
     def learn(self, inputs: Inputs) -> tuple[float, dict[str, np.ndarray]]:
         """The loss of a batch and the gradients of the parameters."""
-        total, *found = self._learning.run(self._asked, {**inputs, **self._feeds(self._teacher.run(inputs))})
+        feeds = {**_single(inputs), **self._feeds(self._teacher.run(inputs))}
+        total, *found = self._learning.run(self._asked, feeds)
         by_name = dict(zip(self._asked[1:], found, strict=True))
         return float(total[0]), {name: by_name[grad] for name, grad in self._built.gradients.items()}
 
@@ -84,7 +86,7 @@ class Student:
         written = {name: self.as_written(name).astype(np.float32) for name in self.parameters}
         sums, agreed, count = dict.fromkeys(self._shown, 0.0), 0, 0
         for batch, targets in self._with_targets(held):
-            feeds = {**batch.inputs, **self._feeds(targets)}
+            feeds = {**_single(batch.inputs), **self._feeds(targets)}
             values = dict(zip(self._shown, self._judging.run(self._shown, feeds, written), strict=True))
             for name in self._shown:
                 if name not in self._logits:
@@ -140,8 +142,15 @@ class _Teacher:
 
     def run(self, inputs: Inputs) -> list[np.ndarray]:
         unique = list(dict.fromkeys(self.names))
-        found = dict(zip(unique, self._session.run(unique, inputs), strict=True))
+        found = dict(zip(unique, self._session.run(unique, _single(inputs)), strict=True))
         return [found[name] for name in self.names]
+
+
+def _single(inputs: Inputs) -> dict[str, np.ndarray]:
+    """Inputs as the graphs take them, in which all floating-point numbers are of single precision."""
+    return {
+        name: array.astype(np.float32, copy=False) if is_float(array.dtype) else array for name, array in inputs.items()
+    }
 
 
 def make_student(pruned: Analysis, original: Analysis, sample: Inputs, *, threads: int | None = None) -> Student:
@@ -171,6 +180,8 @@ def make_student(pruned: Analysis, original: Analysis, sample: Inputs, *, thread
         for pair in pairs
     ]
     loss = add_loss(mine, terms)
+    if not mine.parameters:
+        raise ModelError("the model has no initializers to train", hint="prune it first: what is written has them")
     built = backward_graph(loss.graph, mine.shapes, loss.wanted, mine.parameters)
     if not built.gradients:
         raise ModelError(f"no weight can be trained: {_first(built.missing)}")
@@ -188,7 +199,13 @@ def _missing(pair: Pair, mine: Static, theirs: Static, left_out: dict[str, str])
     if absent:
         left_out[pair.pruned] = "at fixed sizes it is no tensor of its own"
     elif mine.shapes[pair.pruned] != theirs.shapes[pair.original]:
-        left_out[pair.pruned] = f"it is {mine.shapes[pair.pruned]}, the original's {theirs.shapes[pair.original]}"
+        reason = f"it is {mine.shapes[pair.pruned]}, the original's {theirs.shapes[pair.original]}"
+        if pair.output:
+            raise ModelError(
+                f"output '{pair.pruned}' cannot be learnt: {reason}",
+                hint="give the model that was pruned as the teacher",
+            )
+        left_out[pair.pruned] = reason
     return pair.pruned in left_out
 
 

@@ -107,6 +107,7 @@ def finished(graph: Graph) -> Graph:
     inferred = infer_shapes(graph.skeleton(), data_prop=True)
     shell = onnx.ModelProto()
     shell.CopyFrom(graph.shell)
+    del shell.graph.value_info[:]  # of a graph that was finished before
     shell.graph.value_info.extend(inferred.graph.value_info)
     graph.shell = shell
     return graph

@@ -31,6 +31,11 @@ def test_models_of_one_structure_are_paired_and_others_are_not():
     assert "8" in next(iter(narrower.left_out.values()))
 
 
+def test_a_model_without_a_residual_stream_has_no_block_outputs(exports):
+    analysis = analyse_model(exports / "families" / "efficientformerv2_timm_ts17_dyn.onnx")
+    assert analysis.structure.sites and block_outputs(analysis) == []
+
+
 def test_embeddings_of_one_length_are_not_logits():
     values = np.random.default_rng(0).standard_normal((4, 6))
     assert kind_of_output(values) == "logits"
