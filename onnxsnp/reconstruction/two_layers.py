@@ -29,8 +29,6 @@ STEPS = 2
 DAMPING = 0.5  # of B, as a share of its mean diagonal; neurons depend on each other more than B says
 DAMPING_INPUTS = 1e-4  # of A
 _CHUNK = 1024  # tokens at a time
-_TURNS = 2  # steps take turns with the tokens, which saves time; what is solved for exactly sees them all
-_MANY = 8  # tokens per neuron from which on they do
 _PROBE = 1e-2  # distance of the central difference, in units of u
 
 Activation = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -70,10 +68,8 @@ def fit_two_layers(
     inputs, target = (np.asarray(array, np.float32) for array in (inputs, target))
     best, error = _solve_second(start, inputs, target, activation)
     errors = [error]
-    for number in range(steps):
-        some = slice(number % _TURNS, None, _TURNS) if len(inputs) >= _MANY * len(start.second) else slice(None)
-        stepped = _stepped(best, inputs[some], target[some], activation)
-        trial, error = _solve_second(stepped, inputs, target, activation)
+    for _ in range(steps):
+        trial, error = _solve_second(_stepped(best, inputs, target, activation), inputs, target, activation)
         if not error < errors[-1]:
             break
         best = trial
