@@ -45,7 +45,7 @@ from onnxsnp.planning.plan import Plan, check_plan, fingerprint, read_plan
 from onnxsnp.planning.selection import Selector, requirements
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.record import new_record, settings
-from onnxsnp.recovery.recover import open_data, recovered
+from onnxsnp.recovery.distil import open_data, recovered
 from onnxsnp.refinement import refine
 from onnxsnp.runtime import InputSpec
 from onnxsnp.scoring.criteria import CRITERIA

@@ -245,7 +245,7 @@ def test_prune_recovers_in_one_command(here: Path, images: Path) -> None:
         ((), "learns from real data"),
         (("--calibration", "images", "--minutes", "soon"), "cannot read the duration 'soon'"),
         (("--calibration", "images", "--minutes", "1", "--steps", "2"), "both say when to stop"),
-        (("--calibration", "missing"), "data missing does not exist"),
+        (("--calibration", "missing", "--teacher", "net.onnx"), "data missing does not exist"),
         (("--calibration", "images", "--teacher", "none.onnx"), "no such model file: none.onnx"),
         (("--calibration", "images", "-o", "net.onnx"), "would overwrite the input"),
         (("--calibration", "images"), "the original is not known"),
