@@ -21,7 +21,8 @@ from onnxsnp.recovery.optimise import Adam
 from onnxsnp.recovery.schedule import Schedule
 from onnxsnp.recovery.student import Judgement, Student
 
-_JUDGED = 20  # times in a run
+_JUDGED = 20  # times in a run, fewer where that takes a larger share of the time than the next
+_JUDGING = 0.15
 _TIMED = 3  # steps that are made to see how long one takes, the first not counted
 _RISE, _FALL = 1.01, 0.99  # changes of a loss that count
 
@@ -101,7 +102,7 @@ class Loop:
         self.best_index, self.best = 0, self._copy()
         self.place = (0, 0)
         self._before = 0.0  # seconds of the runs that this one takes up
-        self._first = 0
+        self._first, self._judged = 0, _JUDGED
         self._start = self._begun = time.monotonic()
         self._losses: list[float] = []
 
@@ -141,12 +142,16 @@ class Loop:
         return -(-self.batch // self.feed.size)
 
     def _begin(self) -> None:
+        start = time.monotonic()
         self._judge()
+        judging = time.monotonic() - start
         if self.steps is None:
-            self.schedule.steps = max(int((self.seconds - self.elapsed) / self._pace()), 1)
+            self._judged = int(np.clip(_JUDGING * self.seconds / judging, 4, _JUDGED))
+            pace, left = self._pace(), self.seconds - self.elapsed - self._judged * judging
+            self.schedule.steps = max(int(left / pace), 1)
 
     def _pace(self) -> float:
-        """Seconds of a step, with its share of the judging; nothing is learnt in these steps."""
+        """Seconds of a step; nothing is learnt in these steps."""
         taken = []
         with closing(self._data()) as data:
             for _ in range(_TIMED):
@@ -154,7 +159,7 @@ class Loop:
                 self._gradients(data)
                 taken.append(time.monotonic() - start)
         self.place = (0, 0)
-        return min(taken[1:])
+        return float(np.mean(taken[1:]))
 
     def _steps(self) -> None:
         schedule = self.schedule
@@ -168,7 +173,7 @@ class Loop:
                 self.adam.step(gradients, schedule.rate)
                 self._losses.append(loss)
                 schedule.advance()
-                if schedule.done == schedule.steps or schedule.done % max(schedule.steps // _JUDGED, 1) == 0:
+                if schedule.done == schedule.steps or schedule.done % max(schedule.steps // self._judged, 1) == 0:
                     self._judge()
                     if self.steps is None and schedule.done < schedule.steps:
                         pace = (time.monotonic() - self._begun) / (schedule.done - self._first)
@@ -221,6 +226,7 @@ class Loop:
             "curve": [asdict(point) for point in self.curve],
             "best": self.best_index,
             "seconds": self.elapsed,
+            "judged": self._judged,
         }
         checkpoint.write(self.path, self.settings, progress, arrays)
 
@@ -235,4 +241,5 @@ class Loop:
         self.place = (progress["place"][0], progress["place"][1])
         self.curve = [Point(**{**point, "held": Judgement(**point["held"])}) for point in progress["curve"]]
         self.best_index, self._before = progress["best"], progress["seconds"]
+        self._judged = progress["judged"]
         self._start = time.monotonic()
