@@ -7,7 +7,7 @@ optimal brain surgeon. Everything else is ranked by the criterion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -82,6 +82,21 @@ def requirements(
     rotated = [group for group in pairs if group.id in rotations.pairs]
     gained = [gains[group.id] for group in pairs if group.id in gains]
     return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors), changed)
+
+
+def union(parts: Sequence[Requirements]) -> Requirements:
+    """What several methods need together."""
+
+    def groups(wanted: Iterable[Group]) -> tuple[Group, ...]:
+        return tuple({group.id: group for group in wanted}.values())
+
+    return Requirements(
+        scored=groups(group for part in parts for group in part.scored),
+        rotated=groups(group for part in parts for group in part.rotated),
+        gained=tuple({gain.group.id: gain for part in parts for gain in part.gained}.values()),
+        tensors=tuple(sorted({name for part in parts for name in part.tensors})),
+        changed={name: path for part in parts for name, path in part.changed.items()},
+    )
 
 
 def _paths(analysis: Analysis, groups: Sequence[Group]) -> dict[str, AttentionPath]:
