@@ -423,6 +423,129 @@ def recover(
 
 
 @app.command()
+def sweep(
+    model: ModelArgument,
+    ratios: Annotated[
+        str,
+        typer.Option(
+            metavar="FROM:TO:STEP|R,R,...",
+            help="Shares to remove, as --ratio of prune: 0.1:0.8:0.1 or 0.2,0.35,0.5.",
+            rich_help_panel=_METHOD,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for the models, their records, sweep.csv and sweep.json; default MODEL-sweep. Finished runs "
+            "in it are reused when nothing they depend on has changed.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="One or several, as of prune, separated by commas.", rich_help_panel=_METHOD)
+    ] = "snp",
+    compensation: Annotated[
+        str,
+        typer.Option(help="none, refit, full, or several separated by commas.", rich_help_panel=_METHOD),
+    ] = "full",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Choose the cheapest plan that loses no more points of top-1 on --eval-data, and write it as "
+            "MODEL.pruned.onnx. Without labels: percent of samples whose top-1 changes.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="Choose the most accurate plan that takes no longer here (within --max-drop, if that is given too).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="As of prune. Default: generated inputs.", rich_help_panel=_INPUT)
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Calibration samples to fit on, the same for all plans.", min=1, rich_help_panel=_INPUT),
+    ] = None,
+    preprocess: PreprocessOption = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(help="Images in class folders (or a zip of them), .npz with labels.", rich_help_panel=_INPUT),
+    ] = None,
+    input_shape: InputShape = None,
+    allocation: Annotated[str, typer.Option(help="auto or uniform, as of prune.", rich_help_panel=_METHOD)] = "auto",
+    of: Annotated[
+        str, typer.Option(help="What ratios are shares of: macs, params or latency.", rich_help_panel=_METHOD)
+    ] = "macs",
+    scope: Annotated[
+        str | None, typer.Option(help="What may be cut, as of prune; default qk,v,ffn.", rich_help_panel=_METHOD)
+    ] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="Keep sizes that are multiples of N.", min=1, rich_help_panel=_METHOD)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE.toml", help="Where the model will run.", rich_help_panel=_METHOD),
+    ] = None,
+    threads: Threads = None,
+    provider: Provider = "cpu",
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Do not time the models.", rich_help_panel=_MACHINE)
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try many ratios from one pass over the data, and choose the one that meets a limit."""
+
+    def work() -> None:
+        from onnxsnp.report import sweeps as report
+        from onnxsnp.sweeps.run import sweep as sweep_model
+
+        if eval_data is not None and not eval_data.exists():
+            raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
+        with progress_bar(keep=False) as progress:
+            result = sweep_model(
+                model,
+                ratios,
+                output or model.with_name(f"{model.stem}-sweep"),
+                criterion=criterion,
+                compensation=compensation,
+                max_drop=max_drop,
+                target_latency=target_latency,
+                progress=progress,
+                say=lambda line: print(line, file=sys.stderr),
+                calibration=calibration,
+                samples=samples,
+                preprocess=preprocess,
+                eval_data=eval_data,
+                input_shapes=input_shapes(input_shape, model),
+                allocation=allocation,
+                of=of,
+                scope=scope,
+                multiple_of=multiple_of,
+                target=target,
+                threads=threads,
+                provider=provider,
+                latency=not no_latency,
+                seed=seed,
+            )
+        print_json(result.summary) if as_json else report.sweep(stdout(), result.summary)
+        if result.chosen is None and result.verdict:
+            raise PlanError(result.verdict, hint="allow more, or sweep over other ratios; no model was chosen")
+
+    guarded(work, debug)
+
+
+@app.command()
 def evaluate(
     models: ModelsArgument,
     data: Annotated[

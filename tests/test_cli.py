@@ -785,3 +785,30 @@ def test_ctrl_c_leaves_nothing(here: Path, seconds: float) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in err, err
     assert sorted(os.listdir()) == ["big.onnx", "net.onnx"]
+
+
+# Sweep
+
+
+def test_sweep_shows_a_table_and_writes_the_plan_that_meets_the_limit(here: Path) -> None:
+    asked = ("sweep", "net.onnx", "--ratios", "0.2:0.4:0.2", *PLAIN, *SHORT, "--no-latency", "-o", "out")
+    result = call(*asked, "--max-drop", "100")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^l2-none-40 +→\*? +", result.stdout, re.M) and "wrote out/net.pruned.onnx" in result.stdout
+    assert result.stderr.splitlines()[0].startswith("1/2 l2-none-20: ") and "left" in result.stderr
+    assert {"net.pruned.onnx", "net.pruned.json", "sweep.csv", "sweep.json"} <= set(os.listdir("out"))
+    summary = json.loads(good(*asked, "--max-drop", "100", "--json"))
+    assert summary["chosen"] == "l2-none-40" and all(row["reused"] for row in summary["rows"])
+
+
+def test_sweep_says_that_no_plan_meets_the_limit_and_fails(here: Path) -> None:
+    asked = ("sweep", "net.onnx", "--ratios", "0.3", *PLAIN, *SHORT, "-o", "out", "--target-latency", "0")
+    result = call(*asked)
+    assert result.exit_code == 1 and re.search(r"^l2-none-30 ", result.stdout, re.M)
+    last = result.stderr.splitlines()[-1]
+    assert "no plan meets --target-latency 0; the closest: l2-none-30" in last
+    assert not Path("out/net.pruned.onnx").exists()
+
+
+def test_sweep_refuses_ratios_that_cannot_be_read(here: Path) -> None:
+    assert "cannot read the ratios 'much'" in bad("sweep", "net.onnx", "--ratios", "much")
