@@ -552,8 +552,18 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="Images in class folders give top-1 and top-5; any images give agreement with the first "
+            help="A folder or zip of images in class folders gives top-1 and top-5; so does an .npz with one array "
+            "per input, by its name, and class numbers as 'labels'. Data without labels gives agreement with the first "
             "model. Default: generated images.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which class a folder (or a file) is: JSON {name: number}, {number: name} or [name, ...], or text "
+            "with a name and a number, or a name, per line.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -570,12 +580,16 @@ def evaluate(
     """Compare models on data: top-1 and top-5 with labels; agreement, cosine and KL without."""
 
     def work() -> None:
+        from onnxsnp.calibration.labels import read_label_map
         from onnxsnp.evaluation.accuracy import evaluate_models
-        from onnxsnp.report import terminal
-        from onnxsnp.verbs import open_for
+        from onnxsnp.report import comparison
+        from onnxsnp.verbs import known_names, open_for
 
+        named = None if labels is None else read_label_map(labels)
         with progress_bar() as progress:
-            opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
+            opened = open_for(
+                models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True, labels=named
+            )
             results = [
                 item.to_dict()
                 for item in evaluate_models(
@@ -584,12 +598,13 @@ def evaluate(
                     threads=threads,
                     provider=provider,
                     progress=lambda done, total: progress("evaluate", done, total),
+                    names=known_names(models[0], named),
                 )
             ]
         if as_json:
             print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
         else:
-            terminal.evaluations(stdout(), results, opened.description)
+            comparison.evaluations(stdout(), results, opened.description)
 
     guarded(work, debug)
 
@@ -610,7 +625,7 @@ def bench(
     """Measure latency in onnxruntime, models side by side in interleaved rounds."""
 
     def work() -> None:
-        from onnxsnp.report import terminal
+        from onnxsnp.report import comparison
         from onnxsnp.verbs import bench as bench_paths
 
         with progress_bar() as progress:
@@ -628,7 +643,7 @@ def bench(
                     progress=lambda done, total: progress("bench", done, total),
                 )
             ]
-        print_json({"models": results}) if as_json else terminal.latencies(stdout(), results)
+        print_json({"models": results}) if as_json else comparison.latencies(stdout(), results)
 
     guarded(work, debug)
 

@@ -552,6 +552,7 @@ class Run:
                 sessions,
                 data,
                 progress=lambda done, total: self.progress("evaluate", done, total),
+                names=class_names(analysis.model.metadata),
             )
         names = ("before", "after") if len(results) == 2 else ("before", "compensated", "after")
         return {name: one.to_dict() for name, one in zip(names, results, strict=True)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from onnxsnp import model as model_files
 from onnxsnp.calibration.data import Dataset, image_spec, open_dataset, parse_classes, resolve_preprocess
+from onnxsnp.calibration.labels import read_label_map
 from onnxsnp.calibration.lengths import settled, with_bounds
 from onnxsnp.calibration.preprocess import Preprocess
 from onnxsnp.errors import DataError, ModelError
@@ -25,6 +26,7 @@ def evaluate(
     *,
     samples: int | None = None,
     preprocess: str | Preprocess | None = None,
+    labels: str | Path | Mapping[str, int] | None = None,
     threads: int | None = None,
     provider: str = "cpu",
     seed: int = 0,
@@ -34,16 +36,25 @@ def evaluate(
 
     Args:
         models: paths; the first is the reference.
-        data: folder or zip of images (class folders give labels), `.npz` or `.npy`, an iterable, or None for generated
-            inputs.
+        data: folder or zip of images (class folders give labels), `.npz` of arrays by input name with the class numbers
+            as `labels`, `.npy`, an iterable, or None for generated inputs.
         samples: how many to use, evenly spread; all of them if None.
         preprocess: a preset, a TOML file or a `Preprocess`; None follows the first model's metadata, else imagenet.
+        labels: class numbers by folder or file name, or a file of them (`onnxsnp.calibration.labels`).
 
     Raises:
         ModelError, DataError: what is wrong, in one line.
     """
-    opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
-    return evaluate_models(list(models), opened, threads=threads, provider=provider, progress=progress)
+    read = read_label_map(labels) if isinstance(labels, str | Path) else labels
+    opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True, labels=read)
+    return evaluate_models(
+        list(models),
+        opened,
+        threads=threads,
+        provider=provider,
+        progress=progress,
+        names=known_names(models[0], read),
+    )
 
 
 def bench(
@@ -89,6 +100,7 @@ def open_for(
     preprocess: str | Preprocess | None = None,
     seed: int = 0,
     evaluation: bool = False,
+    labels: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Open data with the preprocessing and class names of the first model."""
     if not models:
@@ -112,7 +124,16 @@ def open_for(
         shuffle=not evaluation,
         pad_last=evaluation,
         classes=class_names(metadata),
+        labels=labels,
     )
+
+
+def known_names(model: str | Path, labels: Mapping[str, int] | None = None) -> list[str] | None:
+    """Names of the classes by number: from the label map where each number has one name there, else the metadata."""
+    if labels is not None and len(set(labels.values())) == len(labels):
+        names = {number: name for name, number in labels.items()}
+        return [names.get(number, str(number)) for number in range(max(names) + 1)]
+    return class_names(model_files.load(model).metadata)
 
 
 def class_names(metadata: Mapping[str, str]) -> list[str] | None:

@@ -812,3 +812,27 @@ def test_sweep_says_that_no_plan_meets_the_limit_and_fails(here: Path) -> None:
 
 def test_sweep_refuses_ratios_that_cannot_be_read(here: Path) -> None:
     assert "cannot read the ratios 'much'" in bad("sweep", "net.onnx", "--ratios", "much")
+
+
+# Evaluate with labels
+
+
+def test_evaluate_takes_a_label_map_and_tests_the_difference(here: Path, images: Path) -> None:
+    prune("-r", "0.5", "-o", "small.onnx")
+    Path("map.json").write_text('{"a": 4, "b": 1}')
+    asked = ("evaluate", "net.onnx", "small.onnx", "--data", images, "--labels", "map.json")
+    text = good(*asked)
+    assert re.search(r"^model +top-1 +95 % CI +top-5 +agreement", text, re.M)
+    assert re.search(r"^small\.onnx: [+-]\d\.\d\d points of top-1 \(95 % CI .* exact McNemar p = ", text, re.M)
+    result = json.loads(good(*asked, "--json"))["models"][1]
+    assert {one["label"]: one["name"] for one in result["classes"]} == {1: "b", 4: "a"}
+    assert sum(one["count"] for one in result["classes"]) == 20
+    assert result["paired"].keys() == {"lost", "gained", "difference", "difference_interval", "p"}
+    Path("map.json").write_text('{"a": 4}')
+    assert "no entry for image b/" in bad(*asked)
+
+
+def test_evaluate_takes_arrays_with_labels(here: Path) -> None:
+    np.savez("d.npz", image=np.random.default_rng(0).random((6, 3, 16, 16), np.float32), labels=np.arange(6) % 4)
+    result = json.loads(good("evaluate", "net.onnx", "--data", "d.npz", "--json"))["models"][0]
+    assert result["count"] == 6 and result["top1"] is not None

@@ -130,7 +130,7 @@ def test_a_plan_that_cannot_be_met_is_a_row_and_the_others_go_on(
     good, bad = result.rows
     assert good["error"] is None and "99" in bad["error"] and bad["output"] is None
     assert not (tmp_path / "out" / "l2-none-99.onnx").exists()
-    with pytest.raises(PlanError, match="at most .* 99.0% were asked"):
+    with pytest.raises(PlanError, match=r"at most .* 99.0% were asked"):
         sweep(model, [0.99], tmp_path / "out", calibration=data, scope="ffn", samples=8, **PLAIN)
 
 
