@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onnxsnp._version import __version__
-from onnxsnp.arguments import input_shapes, output_path
+from onnxsnp.arguments import checked_numbers, checked_threads, input_shapes, numbers, output_path
 from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
 from onnxsnp.errors import DataError, PlanError, one_line
 
@@ -612,38 +612,82 @@ def evaluate(
 @app.command()
 def bench(
     models: ModelsArgument,
-    batch: Annotated[int, typer.Option(help="Samples per run.", min=1)] = 1,
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...",
+            help="Samples per run; several are measured one after the other.",
+            callback=checked_numbers,
+        ),
+    ] = "1",
     runs: Annotated[int, typer.Option(help="Timed rounds; every round runs each model once.", min=1)] = 50,
     warmup: Annotated[int, typer.Option(help="Rounds before the clock starts.", min=0)] = 10,
+    per_op: Annotated[
+        bool,
+        typer.Option("--per-op", help="Break the time down by operator, and say what the cut of MACs did not buy."),
+    ] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
     input_shape: InputShape = None,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Threads inside one operator; several are measured one after the other. All cores by default.",
+            callback=checked_threads,
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     provider: Provider = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure latency in onnxruntime, models side by side in interleaved rounds."""
+    """Measure latency and memory in onnxruntime, models side by side in interleaved rounds."""
 
     def work() -> None:
         from onnxsnp.report import comparison
         from onnxsnp.verbs import bench as bench_paths
+        from onnxsnp.verbs import bench_per_op
 
+        sizes = numbers(batch)
+        counts = None if threads is None else numbers(threads)
+        if per_op and provider != "cpu":
+            raise PlanError("the breakdown by operator is for the cpu provider", hint="leave --per-op out")
+        shapes = input_shapes(input_shape, models[0])
         with progress_bar() as progress:
             results = [
                 item.to_dict()
                 for item in bench_paths(
                     models,
-                    batch=batch,
+                    batch=sizes,
                     runs=runs,
                     warmup=warmup,
-                    threads=threads,
+                    threads=counts,
                     provider=provider,
-                    input_shapes=input_shapes(input_shape, models[0]),
+                    input_shapes=shapes,
                     seed=seed,
+                    memory=not no_memory,
                     progress=lambda done, total: progress("bench", done, total),
                 )
             ]
-        print_json({"models": results}) if as_json else comparison.latencies(stdout(), results)
+            profiled = []
+            if per_op:
+                profiled = bench_per_op(
+                    models,
+                    batch=sizes,
+                    runs=runs,
+                    warmup=warmup,
+                    threads=counts,
+                    input_shapes=shapes,
+                    seed=seed,
+                    progress=lambda done, total: progress("profile", done, total),
+                )
+        if as_json:
+            print_json({"models": results} | ({"per_op": profiled} if per_op else {}))
+            return
+        comparison.latencies(stdout(), results)
+        for one in profiled:
+            comparison.per_op(stdout(), one)
 
     guarded(work, debug)
 

@@ -836,3 +836,24 @@ def test_evaluate_takes_arrays_with_labels(here: Path) -> None:
     np.savez("d.npz", image=np.random.default_rng(0).random((6, 3, 16, 16), np.float32), labels=np.arange(6) % 4)
     result = json.loads(good("evaluate", "net.onnx", "--data", "d.npz", "--json"))["models"][0]
     assert result["count"] == 6 and result["top1"] is not None
+
+
+# Bench in several settings
+
+
+def test_bench_says_what_the_cut_did_not_buy(here: Path) -> None:
+    prune("-r", "0.5", "-o", "small.onnx")
+    asked = ("bench", "net.onnx", "small.onnx", "--runs", "3", "--warmup", "1", "--threads", "1", "--batch", "1,2")
+    text = good(*asked, "--per-op", "--no-memory")
+    said = r"^small\.onnx \(batch [12], 1 thread, with onnxruntime's profiler on\): MACs -"
+    assert len(re.findall(said, text, re.M)) == 2
+    assert text.count("not bought") == 2 and "memory" not in text and re.search(r"^MatMul with weights ", text, re.M)
+    data = json.loads(good(*asked, "--per-op", "--json", "--no-memory"))
+    assert [one["batch"] for one in data["models"]] == [1, 1, 2, 2] and len(data["per_op"]) == 2
+    one = data["per_op"][1]["unbought"][0]
+    assert sum(part["excess_ms"] for part in one["parts"]) == pytest.approx(one["excess_ms"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--batch", "1,x"), ("--batch", "0"), ("--threads", "5000")])
+def test_bench_refuses_numbers_that_are_none(here: Path, option: str, value: str) -> None:
+    assert option in misused("bench", "net.onnx", option, value)

@@ -26,7 +26,7 @@ def evaluation(model: str, **changes: Any) -> dict[str, Any]:
 
 def latency(model: str, **changes: Any) -> dict[str, Any]:
     times = {"median": 12.34, "p90": 13.0, "mean": 12.4, "min": 12.0}
-    rest = {"threads": 1, "batch": 1, "runs": 50, "provider": "cpu", "bytes": 4_884_240}
+    rest = {"threads": 1, "batch": 1, "runs": 50, "provider": "cpu", "bytes": 4_884_240, "memory": None}
     return {"model": model, **times, "speedup": 1.29, "speedup_interval": (1.19, 1.31), **rest, **changes}
 
 
@@ -74,3 +74,10 @@ def test_a_labelled_comparison_says_what_chance_it_is_and_which_classes_changed(
     assert "b.onnx: -8.00 points of top-1 (95 % CI -15.60 to +0.10)" in text and "p = 0.077" in text
     assert "0 tench 10 5 2 -30.0 points" in text and "9 10 5 7 +20.0 points" in text and "8 10 5 6 +10.0" in text
     assert " 5 10 5 4 -10.0" not in text and "3 other classes, 2 of them unchanged" in text
+
+
+def test_latencies_of_each_setting_stand_together_with_memory_where_it_was_measured() -> None:
+    rows = [latency(name, batch=batch, memory=12_300_000) for batch in (1, 8) for name in ("a.onnx", "b.onnx")]
+    found = shown(comparison.latencies, rows)
+    assert found.index("batch 1,") < found.index("batch 8,") and found.count("12.3 MB") == 4
+    assert "peak in a process of its own" in " ".join(found.split())
