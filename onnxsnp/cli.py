@@ -582,7 +582,7 @@ def evaluate(
     def work() -> None:
         from onnxsnp.calibration.labels import read_label_map
         from onnxsnp.evaluation.accuracy import evaluate_models
-        from onnxsnp.report import comparison
+        from onnxsnp.report import side_by_side
         from onnxsnp.verbs import known_names, open_for
 
         named = None if labels is None else read_label_map(labels)
@@ -604,7 +604,7 @@ def evaluate(
         if as_json:
             print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
         else:
-            comparison.evaluations(stdout(), results, opened.description)
+            side_by_side.evaluations(stdout(), results, opened.description)
 
     guarded(work, debug)
 
@@ -645,7 +645,7 @@ def bench(
     """Measure latency and memory in onnxruntime, models side by side in interleaved rounds."""
 
     def work() -> None:
-        from onnxsnp.report import comparison
+        from onnxsnp.report import side_by_side
         from onnxsnp.verbs import bench as bench_paths
         from onnxsnp.verbs import bench_per_op
 
@@ -685,9 +685,9 @@ def bench(
         if as_json:
             print_json({"models": results} | ({"per_op": profiled} if per_op else {}))
             return
-        comparison.latencies(stdout(), results)
+        side_by_side.latencies(stdout(), results)
         for one in profiled:
-            comparison.per_op(stdout(), one)
+            side_by_side.per_op(stdout(), one)
 
     guarded(work, debug)
 

@@ -102,9 +102,9 @@ def recovery(console: Console, record: Mapping[str, Any]) -> None:
         mark = " (kept)" if point["step"] == found["best_step"] else ""
         table.add_row(
             f"{point['step']}{mark}",
-            _or_dash(point["training"], "{:.4g}"),
+            or_dash(point["training"], "{:.4g}"),
             f"{point['held']['loss']:.4g}",
-            _or_dash(point["held"]["agreement"], "{:.1f} %"),
+            or_dash(point["held"]["agreement"], "{:.1f} %"),
         )
     console.print(table)
     accuracy = record.get("accuracy")

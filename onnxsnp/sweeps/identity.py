@@ -56,11 +56,23 @@ def file_digest(path: Path) -> str:
 
 
 def _own(run: Options) -> dict[str, Any]:
-    names = ("ratio", "criterion", "compensation", "allocation", "of", "rank", "precision", "multiple", "seed")
+    names = (
+        "recover",
+        "ratio",
+        "criterion",
+        "compensation",
+        "allocation",
+        "of",
+        "rank",
+        "precision",
+        "multiple",
+        "seed",
+    )
     scope = run.scope if run.scope is None or isinstance(run.scope, str) else ",".join(run.scope)
     return {name: getattr(run, name) for name in names} | {
         "scope": scope,
         "samples": run.fit_samples,
+        "recover": run.recover,
         "latency": run.latency,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onnxsnp.report import comparison
+from onnxsnp.report import side_by_side
 
 
 def shown(function: Any, *arguments: Any, width: int = 80) -> str:
@@ -34,19 +34,19 @@ def test_models_side_by_side_fit_80_columns() -> None:
     numbers = {"top1": 62.5, "top5": 100.0, "top1_interval": (38.6, 81.5), "top5_interval": (96.3, 100.0)}
     numbers |= {"agreement": 100.0, "cosine": 1.0, "kl": 0.0}
     models = [evaluation(f"/some/long/folder/{name}", **numbers) for name in ("net.onnx", "vit_cifar10.pruned.onnx")]
-    text = shown(comparison.evaluations, models, "64 images of x.zip")
+    text = shown(side_by_side.evaluations, models, "64 images of x.zip")
     row = next(line for line in text.splitlines() if line.startswith("vit_cifar10.pruned.onnx "))
     assert " ".join(row.split()) == "vit_cifar10.pruned.onnx 62.50 % 38.6–81.5 100.00 % 100.00 % 1.0000 0.0000"
     assert "95 % CI of top-5: net.onnx 96.3–100.0, vit_cifar10.pruned.onnx 96.3–100.0" in " ".join(text.split())
 
 
 def test_equal_file_names_keep_their_folders() -> None:
-    text = shown(comparison.evaluations, [evaluation("a/m.onnx"), evaluation("b/m.onnx", cosine=0.5)], "8 images")
+    text = shown(side_by_side.evaluations, [evaluation("a/m.onnx"), evaluation("b/m.onnx", cosine=0.5)], "8 images")
     assert "a/m.onnx" in text and "b/m.onnx" in text and "top-1" not in text
 
 
 def test_one_model_without_labels_has_nothing_to_compare() -> None:
-    text = shown(comparison.evaluations, [evaluation("m.onnx", nonfinite=2)], "8 images")
+    text = shown(side_by_side.evaluations, [evaluation("m.onnx", nonfinite=2)], "8 images")
     assert "nothing to compare: give a second model" in text and "cosine" not in text
     assert "m.onnx: 2 samples gave NaN or infinity" in text
 
@@ -54,7 +54,7 @@ def test_one_model_without_labels_has_nothing_to_compare() -> None:
 @pytest.mark.parametrize(("threads", "text"), [(None, "all threads"), (1, "1 thread,"), (2, "2 threads")])
 def test_latencies(threads: int | None, text: str) -> None:
     both = [latency("x/net.onnx", threads=threads), latency("x/vit_cifar10.pruned.onnx", threads=threads)]
-    found = shown(comparison.latencies, both)
+    found = shown(side_by_side.latencies, both)
     assert "1.29× (1.19–1.31)" in found and text in found and "4.88 MB" in found
 
 
@@ -70,7 +70,7 @@ def test_a_labelled_comparison_says_what_chance_it_is_and_which_classes_changed(
         evaluation("a.onnx", **numbers, paired=None, classes=[]),
         evaluation("b.onnx", **numbers, paired=paired, classes=classes),
     ]
-    text = " ".join(shown(comparison.evaluations, models, "64 images of x.zip").split())
+    text = " ".join(shown(side_by_side.evaluations, models, "64 images of x.zip").split())
     assert "b.onnx: -8.00 points of top-1 (95 % CI -15.60 to +0.10)" in text and "p = 0.077" in text
     assert "0 tench 10 5 2 -30.0 points" in text and "9 10 5 7 +20.0 points" in text and "8 10 5 6 +10.0" in text
     assert " 5 10 5 4 -10.0" not in text and "3 other classes, 2 of them unchanged" in text
@@ -78,6 +78,6 @@ def test_a_labelled_comparison_says_what_chance_it_is_and_which_classes_changed(
 
 def test_latencies_of_each_setting_stand_together_with_memory_where_it_was_measured() -> None:
     rows = [latency(name, batch=batch, memory=12_300_000) for batch in (1, 8) for name in ("a.onnx", "b.onnx")]
-    found = shown(comparison.latencies, rows)
+    found = shown(side_by_side.latencies, rows)
     assert found.index("batch 1,") < found.index("batch 8,") and found.count("12.3 MB") == 4
     assert "peak in a process of its own" in " ".join(found.split())
