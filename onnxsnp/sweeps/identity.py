@@ -46,6 +46,12 @@ def run_keys(model: Model, runs: Sequence[Options]) -> list[str | None]:
     return [_digest(common | _own(run)) for run in runs]
 
 
+def layers_key(model: Model, run: Options) -> str:
+    """A short digest of what the times of a model's layers depend on."""
+    asked = [run.threads, run.provider, run.seed, run.multiple, str(run.scope), str(run.input_shapes)]
+    return _digest([fingerprint(model), machine(run.threads, run.provider), *asked])[:12]
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from onnxsnp.measured import Measured
 from onnxsnp.model import Model, check_output
 from onnxsnp.options import Options
 from onnxsnp.pruning import Progress, Run
-from onnxsnp.sweeps.identity import file_digest, run_keys
+from onnxsnp.sweeps.identity import file_digest, layers_key, run_keys
 from onnxsnp.sweeps.points import Point, parse_ratios, points, shared
 from onnxsnp.sweeps.rows import Limits, choose, closest, compare, failed_row, new_row, to_csv
 from onnxsnp.writing import write_record
@@ -221,7 +221,9 @@ class _Sweep:
 
     def _table(self) -> Path | None:
         """Where the times of layers are kept, so that a sweep that goes on plans by the same ones."""
-        return self.folder / "latency_table.json" if self.of == "latency" else None
+        if self.of != "latency":
+            return None
+        return self.folder / f"layers-{layers_key(self.model, self.runs[0])}.json"
 
     def _check_folder(self) -> None:
         """Make the folder; nothing in it may be what is read.

@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from onnxsnp import pruning
+from onnxsnp.analysis import analyse_model
 from onnxsnp.errors import ModelError, PlanError
 from onnxsnp.pruning import prune
 from onnxsnp.sweeps import run as module
@@ -190,3 +191,24 @@ def test_what_a_sweep_cannot_take_is_refused(model: onnx.ModelProto, tmp_path: P
     with pytest.raises(PlanError, match="no ratio to sweep"):
         sweep(path, [0.2], tmp_path / "out", allocation="r.json", **PLAIN)
     assert path.stat().st_size > 0 and not (tmp_path / "out").exists()
+
+
+def test_a_sweep_over_latency_measures_layers_once(
+    model: onnx.ModelProto, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def timed(models: Any, progress: Any = None) -> np.ndarray:
+        measured.append(len(models))
+        return np.asarray([[analyse_model(one.graph.to_proto()).cost.total("macs") / 1e6 for one in models]])
+
+    monkeypatch.setattr(pruning, "local_timer", lambda *options: timed)
+    options = {**PLAIN, "of": "latency", "scope": "ffn", "calibration": data, "samples": 8}
+    first = sweep(model, [0.1, 0.2], tmp_path / "out", **options)
+    count = len(measured)
+    assert count and all(row["error"] is None for row in first.rows)
+    more = sweep(model, [0.1, 0.2, 0.3], tmp_path / "out", **options)
+    assert len(measured) == count and [row["reused"] for row in more.rows] == [True, True, False]
+    (table,) = (tmp_path / "out").glob("layers-*.json")
+    sweep(model, [0.1], tmp_path / "out", **{**options, "scope": "ffn,qk"})
+    assert len(measured) > count and table.exists()
