@@ -54,6 +54,8 @@ _STYLE = {
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
+_PANEL = 2.6, 1.9  # inches: a plot of one group
+_NARROW, _WIDE = (0.52, 0.46, 0.1, 0.24), (0.78, 0.5, 0.15, 0.4)  # margins left, below, right and above, inches
 _LEAST = 1e-4  # errors below this share of the largest are drawn as this
 
 
@@ -78,9 +80,12 @@ class Plotter:
             draw: puts the content on the axes.
         """
         with self._style():
-            figure = self._matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+            figure = self._matplotlib.figure.Figure(figsize=(width, height))
             figure.patch.set_visible(False)
-            axes = figure.add_subplot()
+            # margins in inches: an automatic layout takes longer than the drawing
+            left, below, right, above = _WIDE if width > _PANEL[0] else _NARROW
+            sides = left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height
+            axes = figure.add_axes(sides)
             axes.patch.set_visible(False)
             axes.set_axisbelow(True)
             draw(axes)
@@ -112,22 +117,25 @@ class Plotter:
             axes.set_xlabel("width")
             axes.locator_params(axis="x", nbins=4)
 
-        return self.plot(2.6, 1.8, draw)
+        return self.plot(*_PANEL, draw)
 
     def scores(self, group: Mapping[str, Any], bins: Mapping[str, Any]) -> str:
         """How many neurons of one group have which score, and which of them went."""
         low, high = bins["low"], bins["high"]
         step = (high - low) / len(bins["kept"]) or 1.0
-        middles = [low + (index + 0.5) * step for index in range(len(bins["kept"]))]
+        edges = [low + index * step for index in range(len(bins["kept"]) + 1)]
+        both = [kept + cut for kept, cut in zip(bins["kept"], bins["cut"], strict=True)]
 
         def draw(axes: Axes) -> None:
-            axes.bar(middles, bins["cut"], step * 0.9, color=_CUT, label="cut")
-            axes.bar(middles, bins["kept"], step * 0.9, bottom=bins["cut"], color=_KEPT, label="kept")
+            axes.stairs(bins["cut"], edges, fill=True, color=_CUT)
+            axes.stairs(both, edges, baseline=bins["cut"], fill=True, color=_KEPT)
+            axes.set_ylim(0, 1.08 * max(*both, 1))
+            axes.yaxis.set_major_locator(self._matplotlib.ticker.MaxNLocator(4, integer=True))
             axes.set_title(f"{group['id']}: {group['before']} → {group['after']}", loc="left")
             axes.set_xlabel("log₁₀ score" if bins["log"] else "score")
-            axes.locator_params(nbins=4)
+            axes.locator_params(axis="x", nbins=4)
 
-        return self.plot(2.6, 1.8, draw)
+        return self.plot(*_PANEL, draw)
 
     def sensitivity(self, values: Mapping[str, tuple[str, float]]) -> str:
         """What the model loses where one group alone is cut: {group id: (kind, loss)}."""
@@ -149,14 +157,15 @@ class Plotter:
 
         return self.plot(5.2, 3.0, draw)
 
-    def lines(self, curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
-        """A few curves over a common axis."""
+    def lines(self, curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, mark: float) -> str:
+        """A few curves over a common axis, on which one place is marked."""
         colours = [_KEPT, _CUT, *_OF_KIND.values()]
 
         def draw(axes: Axes) -> None:
             for number, (name, points) in enumerate(curves.items()):
                 colour = colours[number % len(colours)]
                 axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.4)
+            axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=(0, (3, 2)), label="kept")
             axes.set_xlabel(across)
             axes.set_ylabel(up)
             axes.legend()

@@ -84,12 +84,18 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{where} holds something that no run record does: {type(error).__name__} {error}",
                 hint="prune again with this version",
             ) from error
-    engines = [_engine(record) for record in records if is_engine(record)]
     try:
         beside = compared(runs, names, plotter, markup.Markup) if len(runs) > 1 else None
     except _UNREADABLE as error:
         raise ReportError(f"the runs cannot be compared: {type(error).__name__} {error}") from error
-    return template("report.html.j2").render(runs=shown, engines=engines, compared=beside, version=__version__)
+    try:
+        engines = [_engine(record) for record in records if is_engine(record)]
+        text = template("report.html.j2").render(runs=shown, engines=engines, compared=beside, version=__version__)
+    except (*_UNREADABLE, needed("jinja2").TemplateError) as error:
+        raise ReportError(
+            f"a record holds something that cannot be shown: {error}", hint="prune again with this version"
+        ) from error
+    return str(text)
 
 
 def write_page(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -172,20 +178,21 @@ def _by_kind(groups: Sequence[Mapping[str, Any]], draw: Any) -> list[dict[str, A
     return found
 
 
-def _recovery(found: Any, plotter: Plotter, safe: Any) -> dict[str, Any] | None:
-    """What a recovery said: plain values as a table, lists of numbers as curves over the steps."""
-    if not isinstance(found, dict) or not found:
+def _recovery(found: Mapping[str, Any] | None, plotter: Plotter, safe: Any) -> dict[str, Any] | None:
+    """What a recovery did: its curves, and before and after on the samples held back."""
+    if not found:
         return None
-    nested = found.get("curves")
-    lists = {**found, **(nested if isinstance(nested, dict) else {})}
+    points = found["curve"]
     curves = {
-        key: list(enumerate(value, 1))
-        for key, value in lists.items()
-        if isinstance(value, list) and len(value) > 1 and all(isinstance(one, int | float) for one in value)
+        "training": [(point["step"], point["training"]) for point in points if point["training"] is not None],
+        "samples held back": [(point["step"], point["held"]["loss"]) for point in points],
     }
-    values = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
-    drawn = safe(plotter.lines(curves, "step", "value")) if curves else None
-    return {"values": values, "plot": drawn}
+    sides = found["before"], found["after"]
+    rows = [("loss", *(f"{side['loss']:.4g}" for side in sides))]
+    if all(side.get("agreement") is not None for side in sides):
+        rows.append(("same top-1 as the original", *(f"{side['agreement']:.1f} %" for side in sides)))
+    drawn = plotter.lines({name: line for name, line in curves.items() if line}, "step", "loss", found["best_step"])
+    return {"rows": rows, "plot": safe(drawn), "notes": found["notes"], "data": found["data"], "steps": found["steps"]}
 
 
 def _engine(record: Mapping[str, Any]) -> dict[str, Any]:
