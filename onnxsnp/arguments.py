@@ -40,6 +40,22 @@ def recovered_path(pruned: Path, output: Path | None, read: list[Path | None]) -
     return file
 
 
+def page_path(path: Path, others: list[Path | None]) -> None:
+    """Refuse a place for a page, or a page where its libraries are missing, before any work is done.
+
+    Args:
+        others: files that the run reads or writes, which the page must not replace.
+    """
+    from onnxsnp.report.extra import check_installed
+
+    check_installed()
+    if not path.parent.is_dir():
+        raise ModelError(f"output folder does not exist: {path.parent}", hint="create it first")
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise ModelError(f"the page {path} would overwrite another file of this run", hint="give another name")
+    _check_writable(path, list(others))
+
+
 def _check_writable(path: Path, read: list[Path | None]) -> None:
     if path.is_dir():
         raise ModelError(f"output {path} is a folder", hint="give a file name")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onnxsnp._version import __version__
-from onnxsnp.arguments import checked_numbers, checked_threads, input_shapes, numbers, output_path
+from onnxsnp.arguments import checked_numbers, checked_threads, input_shapes, numbers, output_path, page_path
 from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
 from onnxsnp.errors import DataError, PlanError, one_line
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     "[bold]onnxsnp prune MODEL --ratio 0.3 --calibration IMAGES[/].",
 )
 
+_MAPS = 3  # samples whose attention maps a report shows
 _INPUT, _OUTPUT, _METHOD, _MACHINE = "Data", "Output", "Method", "Machine"
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported .onnx file.")]
@@ -70,15 +71,36 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def inspect(model: ModelArgument, input_shape: InputShape = None, as_json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    model: ModelArgument,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the dependency graph as a page: search a tensor, see what it is tied to and why.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show attention sites, groups of neurons, cost, and what is left alone and why."""
 
     def work() -> None:
+        from onnxsnp.analysis import analyse_model
         from onnxsnp.analysis import inspect as inspect_model
         from onnxsnp.report import terminal
 
+        if html is not None:
+            page_path(html, [model])
         with status("analysing"):
-            data = inspect_model(model, input_shapes(input_shape, model)).to_dict()
+            analysis = analyse_model(model, input_shapes(input_shape, model))
+            data = inspect_model(analysis).to_dict()
+            if html is not None:
+                from onnxsnp.report.dependencies import write_page
+
+                write_page(analysis, html)
         print_json(data) if as_json else terminal.inspection(stdout(), data)
 
     guarded(work, debug)
@@ -242,6 +264,14 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; write no model.", rich_help_panel=_OUTPUT)
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write a page about the run: what was cut, what it cost, attention before and after.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     threads: Threads = None,
     provider: Provider = "cpu",
     no_latency: Annotated[
@@ -266,6 +296,8 @@ def prune(
             written = [file.resolve(), file.with_suffix(".json").resolve()]
             if latency_table.resolve() in written:  # it may not exist yet
                 raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
+        if report is not None:
+            page_path(report, [model, file, None if file is None else file.with_suffix(".json"), *read])
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:
@@ -301,7 +333,12 @@ def prune(
                 provider=provider,
                 seed=seed,
                 input_shapes=input_shapes(input_shape, model),
+                attention_maps=_MAPS if report is not None else 0,
             )
+        if report is not None:
+            from onnxsnp.report.html import write_page
+
+            write_page([result.record], report)
         if dry_run and file is not None:
             write_record(result.plan.to_json(), file)
         if as_json:
@@ -800,6 +837,32 @@ def engine(
                 print(f"onnxsnp: {one_line(str(finding))}", file=sys.stderr)
             raise
         print_json(result.record) if as_json else report.engine(stdout(), result.record)
+
+    guarded(work, debug)
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN.json...", help="Run records that prune wrote; records of engine are shown beside them."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.", rich_help_panel=_OUTPUT),
+    ] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """Make one self-contained page of one or more runs; several are compared."""
+
+    def work() -> None:
+        from onnxsnp.report.html import read_records, write_page
+
+        page_path(output, list(records))
+        write_page(read_records(records), output)
+        stdout().print(f"wrote {output}", soft_wrap=True)
 
     guarded(work, debug)
 

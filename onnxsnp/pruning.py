@@ -40,6 +40,7 @@ from onnxsnp.planning import scope
 from onnxsnp.planning.allocation import off_target
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
+from onnxsnp.planning.evidence import evidence
 from onnxsnp.planning.latency import measure_table, table_for
 from onnxsnp.planning.latency_table import LatencyTable
 from onnxsnp.planning.plan import Plan, check_plan, fingerprint, read_plan
@@ -130,6 +131,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.allocation: dict[str, Any] | None = None
+        self.details: dict[str, Any] = {}
         options.check()
 
     @contextmanager
@@ -196,7 +198,7 @@ class Run:
         if not plan.settings:
             plan = replace(plan, settings=settings(self.options, data))
         record = new_record(analysis, plan, self.options, data)
-        record |= {"allocation": self.allocation, "notes": self.notes, "seconds": self.seconds}
+        record |= {"allocation": self.allocation, "details": self.details, "notes": self.notes, "seconds": self.seconds}
         if dry_run:
             return PruneResult(plan, record)
         del statistics
@@ -209,6 +211,7 @@ class Run:
         if self.options.recover is not None:
             applied = self._recover(record, analysis, applied, data, measured.held)
         self._compare(record, measured, applied.graph, compensated)
+        self._map(record, analysis, applied.graph, sample, plan)
         compensated.close()
         del compensated
         if applied.cuts and self.options.latency:
@@ -289,7 +292,21 @@ class Run:
             note = off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
             self.notes.extend([note] if note else [])
         with self.stage("score"):
-            return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
+            plan = Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
+            self.details = self._details(analysis, plan, selector)
+        return plan
+
+    def _details(self, analysis: Analysis, plan: Plan, selector: Selector) -> dict[str, Any]:
+        """By group, why it is as wide as it is; for groups in the scope, of which the selector knows the curves."""
+        entries = {entry.id: entry for entry in plan.groups}
+        losses = (self.allocation or {}).get("sensitivity", {})
+        curves = selector.curves([analysis.groups[name] for name in {**losses, **entries}])
+        return {
+            group.id: evidence(
+                group, entries.get(group.id), curves.get(group.id), selector.scores(group), losses.get(group.id)
+            )
+            for group in analysis.structure.groups
+        }
 
     def _allocate(self, analysis: Analysis, selector: Selector, loss: Loss | None) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
@@ -528,6 +545,23 @@ class Run:
             if compensated is not graph:
                 sessions.insert(1, compensated.opened(options.threads, options.provider))
             record["accuracy"] = self._evaluate(analysis, sessions)
+
+    def _map(self, record: dict[str, Any], analysis: Analysis, graph: Graph, sample: Batch, plan: Plan) -> None:
+        """What both models attend to, where that was asked for."""
+        options = self.options
+        if options.attention_maps and analysis.structure.sites:
+            from onnxsnp.evaluation.rollout import attention_maps
+
+            with self.stage("attention maps"):
+                record["attention"] = attention_maps(
+                    analysis,
+                    graph,
+                    sample,
+                    plan,
+                    images=options.attention_maps,
+                    threads=options.threads,
+                    provider=options.provider,
+                )
 
     def _time(self, record: dict[str, Any], analysis: Analysis, applied: Applied, sample: Batch) -> None:
         """Time original and cut model side by side, one sample a run where the model leaves that open."""

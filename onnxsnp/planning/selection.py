@@ -170,6 +170,10 @@ class Selector:
             errors = np.sum([head.errors for head in self.head_removals(group)], axis=0)
         return None if errors is None else np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
 
+    def scores(self, group: Group) -> np.ndarray | None:
+        """The criterion's scores, [heads, size], of a group that was ranked by them; None where it was not."""
+        return self._scores.get(group.id)
+
     def curve_of_survivors(self, group: Group, heads: Group, kept: int) -> np.ndarray | None:
         """`curve` of a query-key or value group when of the heads that its neurons belong to only the best stay.
 
