@@ -4,8 +4,8 @@
     >>> result = onnxsnp.prune("model.onnx", 0.3, calibration="images/", output="model.pruned.onnx")
     >>> result.record["after"]["macs"]
 
-The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `recover`, `evaluate`,
-`bench`, `engine` as `build_engine`.
+The verbs of the command line are functions here, with the same option names: `inspect`, `prune`, `sweep`, `recover`,
+`evaluate`, `bench`, `engine` as `build_engine`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxsnp.planning.plan import Plan, read_plan
     from onnxsnp.pruning import PruneResult, prune
     from onnxsnp.recovery.recover import RecoverResult, recover
+    from onnxsnp.sweeps.run import SweepResult, sweep
     from onnxsnp.verbs import bench, evaluate
 
 _WHERE = {
@@ -52,6 +53,8 @@ _WHERE = {
     "prune": "pruning",
     "RecoverResult": "recovery.recover",
     "recover": "recovery.recover",
+    "SweepResult": "sweeps.run",
+    "sweep": "sweeps.run",
     "bench": "verbs",
     "evaluate": "verbs",
 }

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import typer
+
 from onnxsnp.errors import ModelError, PlanError
+
+_THREADS = 1024
 
 
 def output_path(model: Path, output: Path | None, dry_run: bool, read: list[Path | None]) -> Path | None:
@@ -36,6 +40,22 @@ def recovered_path(pruned: Path, output: Path | None, read: list[Path | None]) -
     return file
 
 
+def page_path(path: Path, others: list[Path | None]) -> None:
+    """Refuse a place for a page, or a page where its libraries are missing, before any work is done.
+
+    Args:
+        others: files that the run reads or writes, which the page must not replace.
+    """
+    from onnxsnp.report.extra import check_installed
+
+    check_installed()
+    if not path.parent.is_dir():
+        raise ModelError(f"output folder does not exist: {path.parent}", hint="create it first")
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise ModelError(f"the page {path} would overwrite another file of this run", hint="give another name")
+    _check_writable(path, list(others))
+
+
 def _check_writable(path: Path, read: list[Path | None]) -> None:
     if path.is_dir():
         raise ModelError(f"output {path} is a folder", hint="give a file name")
@@ -46,6 +66,35 @@ def _check_writable(path: Path, read: list[Path | None]) -> None:
     for source in read:
         if source is not None and source.is_file() and path.exists() and path.samefile(source):
             raise ModelError(f"the output {path} would overwrite the input", hint="give another name with -o")
+
+
+def numbers(text: str, most: int = 2**31 - 1) -> list[int]:
+    """`1,8,64` as numbers from 1 on, each once.
+
+    Raises:
+        typer.BadParameter: it cannot be read, or a number is out of range.
+    """
+    try:
+        found = [int(one) for one in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of numbers; write it as 1,8,64") from None
+    if not all(1 <= one <= most for one in found):
+        raise typer.BadParameter(f"'{text}' has a number below 1 or beyond {most}")
+    return list(dict.fromkeys(found))
+
+
+def checked_numbers(text: str | None) -> str | None:
+    """Refuse, as a wrong use of the command line, what is no list of batch sizes."""
+    if text is not None:
+        numbers(text)
+    return text
+
+
+def checked_threads(text: str | None) -> str | None:
+    """Refuse, as a wrong use of the command line, what is no list of numbers of threads."""
+    if text is not None:
+        numbers(text, _THREADS)
+    return text
 
 
 def input_shapes(texts: list[str] | None, model: Path) -> dict[str, tuple[int, ...]] | None:

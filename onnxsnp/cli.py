@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onnxsnp._version import __version__
-from onnxsnp.arguments import input_shapes, output_path
+from onnxsnp.arguments import checked_numbers, checked_threads, input_shapes, numbers, output_path, page_path
 from onnxsnp.console import guarded, print_json, progress_bar, status, stdout
 from onnxsnp.errors import DataError, PlanError, one_line
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     "[bold]onnxsnp prune MODEL --ratio 0.3 --calibration IMAGES[/].",
 )
 
+_MAPS = 3  # samples whose attention maps a report shows
 _INPUT, _OUTPUT, _METHOD, _MACHINE = "Data", "Output", "Method", "Machine"
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported .onnx file.")]
@@ -70,15 +71,36 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def inspect(model: ModelArgument, input_shape: InputShape = None, as_json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    model: ModelArgument,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write the dependency graph as a page: search a tensor, see what it is tied to and why.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show attention sites, groups of neurons, cost, and what is left alone and why."""
 
     def work() -> None:
+        from onnxsnp.analysis import analyse_model
         from onnxsnp.analysis import inspect as inspect_model
         from onnxsnp.report import terminal
 
+        if html is not None:
+            page_path(html, [model])
         with status("analysing"):
-            data = inspect_model(model, input_shapes(input_shape, model)).to_dict()
+            analysis = analyse_model(model, input_shapes(input_shape, model))
+            data = inspect_model(analysis).to_dict()
+            if html is not None:
+                from onnxsnp.report.dependencies import write_page
+
+                write_page(analysis, html)
         print_json(data) if as_json else terminal.inspection(stdout(), data)
 
     guarded(work, debug)
@@ -242,6 +264,14 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; write no model.", rich_help_panel=_OUTPUT)
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write a page about the run: what was cut, what it cost, attention before and after.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     threads: Threads = None,
     provider: Provider = "cpu",
     no_latency: Annotated[
@@ -266,6 +296,8 @@ def prune(
             written = [file.resolve(), file.with_suffix(".json").resolve()]
             if latency_table.resolve() in written:  # it may not exist yet
                 raise PlanError(f"{latency_table} cannot be both the latency table and an output", hint="rename one")
+        if report is not None:
+            page_path(report, [model, file, None if file is None else file.with_suffix(".json"), *read])
         if eval_data is not None and not eval_data.exists():  # it is read last, after all the work
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
         if plan is not None and ratio is not None:
@@ -301,7 +333,12 @@ def prune(
                 provider=provider,
                 seed=seed,
                 input_shapes=input_shapes(input_shape, model),
+                attention_maps=_MAPS if report is not None else 0,
             )
+        if report is not None:
+            from onnxsnp.report.html import write_page
+
+            write_page([result.record], report)
         if dry_run and file is not None:
             write_record(result.plan.to_json(), file)
         if as_json:
@@ -423,14 +460,147 @@ def recover(
 
 
 @app.command()
+def sweep(
+    model: ModelArgument,
+    ratios: Annotated[
+        str,
+        typer.Option(
+            metavar="FROM:TO:STEP|R,R,...",
+            help="Shares to remove, as --ratio of prune: 0.1:0.8:0.1 or 0.2,0.35,0.5.",
+            rich_help_panel=_METHOD,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for the models, their records, sweep.csv and sweep.json; default MODEL-sweep. Finished runs "
+            "in it are reused when nothing they depend on has changed.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="One or several, as of prune, separated by commas.", rich_help_panel=_METHOD)
+    ] = "snp",
+    compensation: Annotated[
+        str,
+        typer.Option(help="none, refit, full, or several separated by commas.", rich_help_panel=_METHOD),
+    ] = "full",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Choose the cheapest plan that loses no more points of top-1 on --eval-data, and write it as "
+            "MODEL.pruned.onnx. Without labels: percent of samples whose top-1 changes.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="Choose the most accurate plan that takes no longer here (within --max-drop, if that is given too).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="As of prune. Default: generated inputs.", rich_help_panel=_INPUT)
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Calibration samples to fit on, the same for all plans.", min=1, rich_help_panel=_INPUT),
+    ] = None,
+    preprocess: PreprocessOption = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(help="Images in class folders (or a zip of them), .npz with labels.", rich_help_panel=_INPUT),
+    ] = None,
+    input_shape: InputShape = None,
+    allocation: Annotated[str, typer.Option(help="auto or uniform, as of prune.", rich_help_panel=_METHOD)] = "auto",
+    of: Annotated[
+        str, typer.Option(help="What ratios are shares of: macs, params or latency.", rich_help_panel=_METHOD)
+    ] = "macs",
+    scope: Annotated[
+        str | None, typer.Option(help="What may be cut, as of prune; default qk,v,ffn.", rich_help_panel=_METHOD)
+    ] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="Keep sizes that are multiples of N.", min=1, rich_help_panel=_METHOD)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE.toml", help="Where the model will run.", rich_help_panel=_METHOD),
+    ] = None,
+    threads: Threads = None,
+    provider: Provider = "cpu",
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Do not time the models.", rich_help_panel=_MACHINE)
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try many ratios from one pass over the data, and choose the one that meets a limit."""
+
+    def work() -> None:
+        from onnxsnp.report import sweeps as report
+        from onnxsnp.sweeps.run import sweep as sweep_model
+
+        if eval_data is not None and not eval_data.exists():
+            raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
+        with progress_bar(keep=False) as progress:
+            result = sweep_model(
+                model,
+                ratios,
+                output or model.with_name(f"{model.stem}-sweep"),
+                criterion=criterion,
+                compensation=compensation,
+                max_drop=max_drop,
+                target_latency=target_latency,
+                progress=progress,
+                say=lambda line: print(line, file=sys.stderr),
+                calibration=calibration,
+                samples=samples,
+                preprocess=preprocess,
+                eval_data=eval_data,
+                input_shapes=input_shapes(input_shape, model),
+                allocation=allocation,
+                of=of,
+                scope=scope,
+                multiple_of=multiple_of,
+                target=target,
+                threads=threads,
+                provider=provider,
+                latency=not no_latency,
+                seed=seed,
+            )
+        print_json(result.summary) if as_json else report.sweep(stdout(), result.summary)
+        if result.chosen is None and result.verdict:
+            raise PlanError(result.verdict, hint="allow more, or sweep over other ratios; no model was chosen")
+
+    guarded(work, debug)
+
+
+@app.command()
 def evaluate(
     models: ModelsArgument,
     data: Annotated[
         Path | None,
         typer.Option(
             "--data",
-            help="Images in class folders give top-1 and top-5; any images give agreement with the first "
+            help="A folder or zip of images in class folders gives top-1 and top-5; so does an .npz with one array "
+            "per input, by its name, and class numbers as 'labels'. Data without labels gives agreement with the first "
             "model. Default: generated images.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which class a folder (or a file) is: JSON {name: number}, {number: name} or [name, ...], or text "
+            "with a name and a number, or a name, per line.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -447,12 +617,16 @@ def evaluate(
     """Compare models on data: top-1 and top-5 with labels; agreement, cosine and KL without."""
 
     def work() -> None:
+        from onnxsnp.calibration.labels import read_label_map
         from onnxsnp.evaluation.accuracy import evaluate_models
-        from onnxsnp.report import terminal
-        from onnxsnp.verbs import open_for
+        from onnxsnp.report import side_by_side
+        from onnxsnp.verbs import known_names, open_for
 
+        named = None if labels is None else read_label_map(labels)
         with progress_bar() as progress:
-            opened = open_for(models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True)
+            opened = open_for(
+                models, data, samples=samples, preprocess=preprocess, seed=seed, evaluation=True, labels=named
+            )
             results = [
                 item.to_dict()
                 for item in evaluate_models(
@@ -461,12 +635,13 @@ def evaluate(
                     threads=threads,
                     provider=provider,
                     progress=lambda done, total: progress("evaluate", done, total),
+                    names=known_names(models[0], named),
                 )
             ]
         if as_json:
             print_json({"data": opened.description, "skipped": opened.skipped_count, "models": results})
         else:
-            terminal.evaluations(stdout(), results, opened.description)
+            side_by_side.evaluations(stdout(), results, opened.description)
 
     guarded(work, debug)
 
@@ -474,38 +649,82 @@ def evaluate(
 @app.command()
 def bench(
     models: ModelsArgument,
-    batch: Annotated[int, typer.Option(help="Samples per run.", min=1)] = 1,
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...",
+            help="Samples per run; several are measured one after the other.",
+            callback=checked_numbers,
+        ),
+    ] = "1",
     runs: Annotated[int, typer.Option(help="Timed rounds; every round runs each model once.", min=1)] = 50,
     warmup: Annotated[int, typer.Option(help="Rounds before the clock starts.", min=0)] = 10,
+    per_op: Annotated[
+        bool,
+        typer.Option("--per-op", help="Break the time down by operator, and say what the cut of MACs did not buy."),
+    ] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Do not measure peak memory.")] = False,
     input_shape: InputShape = None,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Threads inside one operator; several are measured one after the other. All cores by default.",
+            callback=checked_threads,
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     provider: Provider = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure latency in onnxruntime, models side by side in interleaved rounds."""
+    """Measure latency and memory in onnxruntime, models side by side in interleaved rounds."""
 
     def work() -> None:
-        from onnxsnp.report import terminal
+        from onnxsnp.report import side_by_side
         from onnxsnp.verbs import bench as bench_paths
+        from onnxsnp.verbs import bench_per_op
 
+        sizes = numbers(batch)
+        counts = None if threads is None else numbers(threads)
+        if per_op and provider != "cpu":
+            raise PlanError("the breakdown by operator is for the cpu provider", hint="leave --per-op out")
+        shapes = input_shapes(input_shape, models[0])
         with progress_bar() as progress:
             results = [
                 item.to_dict()
                 for item in bench_paths(
                     models,
-                    batch=batch,
+                    batch=sizes,
                     runs=runs,
                     warmup=warmup,
-                    threads=threads,
+                    threads=counts,
                     provider=provider,
-                    input_shapes=input_shapes(input_shape, models[0]),
+                    input_shapes=shapes,
                     seed=seed,
+                    memory=not no_memory,
                     progress=lambda done, total: progress("bench", done, total),
                 )
             ]
-        print_json({"models": results}) if as_json else terminal.latencies(stdout(), results)
+            profiled = []
+            if per_op:
+                profiled = bench_per_op(
+                    models,
+                    batch=sizes,
+                    runs=runs,
+                    warmup=warmup,
+                    threads=counts,
+                    input_shapes=shapes,
+                    seed=seed,
+                    progress=lambda done, total: progress("profile", done, total),
+                )
+        if as_json:
+            print_json({"models": results} | ({"per_op": profiled} if per_op else {}))
+            return
+        side_by_side.latencies(stdout(), results)
+        for one in profiled:
+            side_by_side.per_op(stdout(), one)
 
     guarded(work, debug)
 
@@ -618,6 +837,32 @@ def engine(
                 print(f"onnxsnp: {one_line(str(finding))}", file=sys.stderr)
             raise
         print_json(result.record) if as_json else report.engine(stdout(), result.record)
+
+    guarded(work, debug)
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN.json...", help="Run records that prune wrote; records of engine are shown beside them."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.", rich_help_panel=_OUTPUT),
+    ] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """Make one self-contained page of one or more runs; several are compared."""
+
+    def work() -> None:
+        from onnxsnp.report.html import read_records, write_page
+
+        page_path(output, list(records))
+        write_page(read_records(records), output)
+        stdout().print(f"wrote {output}", soft_wrap=True)
 
     guarded(work, debug)
 

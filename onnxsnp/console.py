@@ -94,7 +94,14 @@ def status(text: str) -> Any:
 
 
 class progress_bar:
-    """A bar on stderr, one line per stage, with the time left where the amount of work is known."""
+    """A bar on stderr, one line per stage, with the time left where the amount of work is known.
+
+    Args:
+        keep: stages that are done stay in sight; where there are many of them, False.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         from rich.progress import (
@@ -124,9 +131,11 @@ class progress_bar:
 
     def _update(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
-            for task in self._bar.tasks:  # what went before is done, also where its size was not known
+            for task in list(self._bar.tasks):  # what went before is done, also where its size was not known
                 self._bar.update(task.id, total=task.total or 1, completed=task.total or 1)
                 self._bar.stop_task(task.id)
+                if not self._keep:
+                    self._bar.remove_task(task.id)
             self._tasks[stage] = self._bar.add_task(stage, total=total or None)
         self._bar.update(self._tasks[stage], completed=done, total=total or None)
 

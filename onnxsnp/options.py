@@ -48,6 +48,7 @@ class Options:
     input_shapes: Mapping[str, Sequence[int]] | None = None
     latency: bool = True
     recover: str | float | None = None
+    attention_maps: int = 0  # samples whose attention maps the record holds
 
     @property
     def fit_samples(self) -> int:

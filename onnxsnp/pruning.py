@@ -33,16 +33,18 @@ from onnxsnp.graph.inputs import graph_inputs
 from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.probabilities import AttentionPath
 from onnxsnp.graph.quantised import describe
+from onnxsnp.measured import Measured, fitted, judging, tuning
 from onnxsnp.model import Model, check_output, give_back
 from onnxsnp.options import Options
 from onnxsnp.planning import scope
 from onnxsnp.planning.allocation import off_target
 from onnxsnp.planning.automatic import allocate
 from onnxsnp.planning.curves import Loss
+from onnxsnp.planning.evidence import evidence
 from onnxsnp.planning.latency import measure_table, table_for
 from onnxsnp.planning.latency_table import LatencyTable
 from onnxsnp.planning.plan import Plan, check_plan, fingerprint, read_plan
-from onnxsnp.planning.selection import Selector, requirements
+from onnxsnp.planning.selection import Requirements, Selector, requirements, union
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.record import new_record, settings
 from onnxsnp.recovery.distil import open_data, recovered
@@ -54,8 +56,6 @@ from onnxsnp.timing import time_both
 from onnxsnp.verbs import choose_preprocess, class_names
 from onnxsnp.writing import builder, write_model
 
-_TUNING = 32  # samples the fit does not see, for measuring sensitivities and what refitting is worth
-_JUDGING = 32  # samples neither fit nor allocation sees, for judging the result; half as many where nothing is fitted
 _BATCH = 8
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +107,7 @@ def prune(
     Raises:
         OnnxSnpError: bad input, a plan that cannot be met, or a cut model that did not prove right. Nothing is written.
     """
-    run = _Run(Options(ratio=ratio, **options), progress or (lambda stage, done, total: None), say)
+    run = Run(Options(ratio=ratio, **options), progress or (lambda stage, done, total: None), say)
     return run.prune(source, output, dry_run)
 
 
@@ -121,7 +121,7 @@ def _advised(analysis: Analysis) -> Iterator[None]:
         raise PlanError(error.message, hint=advice or error.hint) from error
 
 
-class _Run:
+class Run:
     """The stages of one pruning run, their timing and their notes."""
 
     def __init__(self, options: Options, progress: Progress, say: Callable[[str], None] | None = None) -> None:
@@ -131,6 +131,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.allocation: dict[str, Any] | None = None
+        self.details: dict[str, Any] = {}
         options.check()
 
     @contextmanager
@@ -142,6 +143,14 @@ class _Run:
 
     def prune(self, source: Any, output: str | Path | None, dry_run: bool) -> PruneResult:
         """All stages in order; what each needs is measured before anything is cut, and nothing is written unproved."""
+        return self.cut(self.measure(source, output), output, dry_run)
+
+    def measure(self, source: Any, output: str | Path | None, others: Sequence[Options] = ()) -> Measured:
+        """The model, the data, and what one pass over it says.
+
+        Args:
+            others: options of further runs on the same measurement: other ratios, criteria, compensations.
+        """
         with self.stage("analyse"):
             analysis = source if isinstance(source, Analysis) else analyse_model(source, self.options.input_shapes)
             if output is not None:
@@ -156,32 +165,53 @@ class _Run:
             counts = None if open_widths or plan is not None else scope.counts(self.options, analysis)
         if self.options.eval_data is not None:
             self._labelled(analysis)  # bad data should be known now, not after all the work
-        data = self._data(analysis)
-        cut = scope.to_cut(self.options, analysis, plan, counts)
-        statistics, rest, sample = self._calibrate(analysis, data, cut, plan)
+        runs = [self.options, *others]
+        tuned, judged = max(map(tuning, runs)), max(map(judging, runs))
+        data = self._data(analysis, tuned + judged)
+        seen = fitted(data, self.options.fit_samples, tuned + judged)
+        cut = scope.scoped(self.options, analysis) if others else scope.to_cut(self.options, analysis, plan, counts)
+        needed = union(
+            [requirements(analysis, cut, one.compensation, one.criterion, planned=plan is not None) for one in runs]
+        )
+        statistics, rest, sample = self._calibrate(analysis, data, needed, seen)
+        third = len(rest) * tuned // (tuned + judged)
+        return Measured(analysis, mark, plan, data, seen, statistics, sample, rest[:third], rest[third:])
+
+    def cut(self, measured: Measured, output: str | Path | None, dry_run: bool, *, last: bool = True) -> PruneResult:
+        """Plan, rebuild, cut and prove by what was measured.
+
+        Args:
+            last: no further run needs the statistics, so that their memory is free as soon as this one is done with it.
+        """
+        analysis, plan, data, mark = measured.analysis, measured.plan, measured.data, measured.mark
+        statistics, sample = measured.statistics, measured.sample
+        if last:
+            measured.statistics = Statistics()
         reconstruction = Reconstruction(analysis, statistics, self.options.compensation)
-        third = len(rest) * self._tuning // (self._tuning + self._judging)
-        unseen, held = rest[:third], rest[third:]
-        loss = self._loss(analysis, reconstruction, unseen)
+        loss = self._loss(analysis, reconstruction, measured.unseen)
         if plan is None:
             with _advised(analysis):
+                open_widths = scope.automatic(self.options, analysis)
+                counts = None if open_widths else scope.counts(self.options, analysis)
+                self._note_criterion(analysis, scope.to_cut(self.options, analysis, None, counts))
                 plan = self._make_plan(analysis, counts, statistics, reconstruction, loss, mark)
         if not plan.settings:
             plan = replace(plan, settings=settings(self.options, data))
         record = new_record(analysis, plan, self.options, data)
-        record |= {"allocation": self.allocation, "notes": self.notes, "seconds": self.seconds}
+        record |= {"allocation": self.allocation, "details": self.details, "notes": self.notes, "seconds": self.seconds}
         if dry_run:
             return PruneResult(plan, record)
         del statistics
-        updates = self._weights(record, analysis, plan, reconstruction, data, loss)
+        updates = self._weights(record, analysis, plan, reconstruction, measured, loss)
         del reconstruction, loss
         give_back()
         applied, proof = self._cut(analysis, plan, updates, sample)
         record["verification"] = vars(proof)
         compensated = applied.graph
         if self.options.recover is not None:
-            applied, held = self._recover(record, analysis, applied, data, held)
-        self._compare(record, analysis, applied.graph, held, compensated)
+            applied = self._recover(record, analysis, applied, data, measured.held)
+        self._compare(record, measured, applied.graph, compensated)
+        self._map(record, analysis, applied.graph, sample, plan)
         compensated.close()
         del compensated
         if applied.cuts and self.options.latency:
@@ -242,15 +272,6 @@ class _Run:
         give_back()
         return replace(analysis, cost=replace(analysis.cost, latency=latency))
 
-    @property
-    def _judging(self) -> int:
-        return _JUDGING // (2 if self.options.compensation == "none" else 1)
-
-    @property
-    def _tuning(self) -> int:
-        """As many with a given plan as without, so that both see the same data."""
-        return _TUNING if self.options.compensation == "full" else 0
-
     def _make_plan(
         self,
         analysis: Analysis,
@@ -271,7 +292,21 @@ class _Run:
             note = off_target(counts, analysis.groups, analysis.cost, options.ratio or 0.0, options.of)
             self.notes.extend([note] if note else [])
         with self.stage("score"):
-            return Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
+            plan = Plan(mark, selector.entries(counts, lambda done, total: self.progress("score", done, total)))
+            self.details = self._details(analysis, plan, selector)
+        return plan
+
+    def _details(self, analysis: Analysis, plan: Plan, selector: Selector) -> dict[str, Any]:
+        """By group, why it is as wide as it is; for groups in the scope, of which the selector knows the curves."""
+        entries = {entry.id: entry for entry in plan.groups}
+        losses = (self.allocation or {}).get("sensitivity", {})
+        curves = selector.curves([analysis.groups[name] for name in {**losses, **entries}])
+        return {
+            group.id: evidence(
+                group, entries.get(group.id), curves.get(group.id), selector.scores(group), losses.get(group.id)
+            )
+            for group in analysis.structure.groups
+        }
 
     def _allocate(self, analysis: Analysis, selector: Selector, loss: Loss | None) -> dict[str, int]:
         """Widths from error curves and measured sensitivities."""
@@ -298,7 +333,7 @@ class _Run:
         }
         return found.counts
 
-    def _data(self, analysis: Analysis) -> Dataset:
+    def _data(self, analysis: Analysis, held: int) -> Dataset:
         options = self.options
         specs = graph_inputs(analysis.graph, options.input_shapes)
         if options.calibration is None:
@@ -307,7 +342,7 @@ class _Run:
         data = open_dataset(
             options.calibration,
             specs,
-            samples=options.fit_samples + self._judging + self._tuning,
+            samples=options.fit_samples + held,
             batch_size=_BATCH,
             preprocess=self._preprocess(analysis, specs),
             seed=options.seed,
@@ -335,18 +370,11 @@ class _Run:
         given = self.options.preprocess
         return given if isinstance(given, Preprocess) else choose_preprocess(specs, analysis.model.metadata, given)
 
-    def _seen(self, data: Dataset) -> int:
-        """Samples to fit on: those asked for, or three quarters where there are too few to hold back all we would."""
-        total = data.samples
-        return min(self.options.fit_samples, total - min(self._tuning + self._judging, total // 4))
-
     def _calibrate(
-        self, analysis: Analysis, data: Dataset, cut: Sequence[Group], plan: Plan | None
+        self, analysis: Analysis, data: Dataset, needed: Requirements, seen: int
     ) -> tuple[Statistics, list[Batch], Batch]:
-        """Measure what the plan needs on all but the last samples, which are held back."""
+        """Measure what plans need on all but the last samples, which are held back."""
         options = self.options
-        needed = requirements(analysis, cut, options.compensation, options.criterion, planned=plan is not None)
-        seen = self._seen(data)
         with self.stage("calibrate"):
             fit, held = split(data, seen)
             sample = next(fit)
@@ -375,12 +403,19 @@ class _Run:
         if needed.changed:
             with self.stage("drop channels"):
                 statistics.changes = self._changes(analysis, data, needed.changed, seen)
-        if CRITERIA[options.criterion].by_change and needed.scored:
+        return statistics, held, sample
+
+    def _note_criterion(self, analysis: Analysis, cut: Sequence[Group]) -> None:
+        """Where a criterion cannot be had and another one stands in for it."""
+        options = self.options
+        if not CRITERIA[options.criterion].by_change:
+            return
+        needed = requirements(analysis, cut, options.compensation, options.criterion, planned=False)
+        if needed.scored:
             names = ", ".join(group.id for group in needed.scored)
             self.notes.append(
                 f"{names}: no softmax of its own to watch, so ranked by snp instead of {options.criterion}"
             )
-        return statistics, held, sample
 
     def _changes(
         self, analysis: Analysis, data: Dataset, paths: Mapping[str, AttentionPath], seen: int
@@ -410,7 +445,7 @@ class _Run:
         analysis: Analysis,
         plan: Plan,
         reconstruction: Reconstruction,
-        data: Dataset,
+        measured: Measured,
         loss: Loss | None,
     ) -> dict[str, np.ndarray]:
         """The weights that make up for the cut: one-shot, then refitted in the order of the graph."""
@@ -428,7 +463,7 @@ class _Run:
                 analysis,
                 plan,
                 updates,
-                lambda: first(data, self._seen(data)),
+                lambda: first(measured.data, measured.seen),
                 loss,
                 streams=streams,
                 threads=self.options.threads,
@@ -452,11 +487,11 @@ class _Run:
 
     def _recover(
         self, record: dict[str, Any], analysis: Analysis, applied: Applied, data: Dataset, held: list[Batch]
-    ) -> tuple[Applied, list[Batch]]:
+    ) -> Applied:
         """Distil the original into the cut model; what judges the result is not learnt from."""
         if not applied.cuts:
             self.notes.append("nothing was cut, so there is nothing to recover")
-            return applied, held
+            return applied
         options = self.options.recovery
         with self.stage("recover"):
             judging = data.tail(sum(batch.count for batch in held))
@@ -465,7 +500,7 @@ class _Run:
         record["recovery"] = found.report
         self.notes.extend(found.report["notes"])
         give_back()
-        return replace(applied, graph=graph), held
+        return replace(applied, graph=graph)
 
     def _write(
         self,
@@ -495,14 +530,14 @@ class _Run:
     def _rounded(self) -> dict[str, float]:
         return {name: round(value, 3) for name, value in self.seconds.items()}
 
-    def _compare(
-        self, record: dict[str, Any], analysis: Analysis, graph: Graph, held: list[Batch], compensated: Graph
-    ) -> None:
+    def _compare(self, record: dict[str, Any], measured: Measured, graph: Graph, compensated: Graph) -> None:
         """Run original and cut model side by side: on held-back samples, and on labelled data if there is any."""
+        analysis, held = measured.analysis, measured.held
         if not held and self.options.eval_data is None:
             return
         options = self.options
-        sessions = [one.opened(options.threads, options.provider) for one in (analysis.original, graph)]
+        original = analysis.original.opened(options.threads, options.provider)
+        sessions = [measured.remembered(original), graph.opened(options.threads, options.provider)]
         if held:
             with self.stage("compare"):
                 record["agreement"] = agreement(sessions[0], sessions[1], held)
@@ -510,6 +545,23 @@ class _Run:
             if compensated is not graph:
                 sessions.insert(1, compensated.opened(options.threads, options.provider))
             record["accuracy"] = self._evaluate(analysis, sessions)
+
+    def _map(self, record: dict[str, Any], analysis: Analysis, graph: Graph, sample: Batch, plan: Plan) -> None:
+        """What both models attend to, where that was asked for."""
+        options = self.options
+        if options.attention_maps and analysis.structure.sites:
+            from onnxsnp.evaluation.rollout import attention_maps
+
+            with self.stage("attention maps"):
+                record["attention"] = attention_maps(
+                    analysis,
+                    graph,
+                    sample,
+                    plan,
+                    images=options.attention_maps,
+                    threads=options.threads,
+                    provider=options.provider,
+                )
 
     def _time(self, record: dict[str, Any], analysis: Analysis, applied: Applied, sample: Batch) -> None:
         """Time original and cut model side by side, one sample a run where the model leaves that open."""
@@ -534,6 +586,7 @@ class _Run:
                 sessions,
                 data,
                 progress=lambda done, total: self.progress("evaluate", done, total),
+                names=class_names(analysis.model.metadata),
             )
         names = ("before", "after") if len(results) == 2 else ("before", "compensated", "after")
         return {name: one.to_dict() for name, one in zip(names, results, strict=True)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from onnxsnp._version import __version__
-from onnxsnp.analysis import Analysis
+from onnxsnp.analysis import Analysis, inspect
 from onnxsnp.calibration.data import Dataset
 from onnxsnp.deploy.fusion import fused_attention
 from onnxsnp.options import Options
+from onnxsnp.planning.evidence import left_alone
 from onnxsnp.planning.plan import Plan, as_cuts
 
 
@@ -45,7 +46,7 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
     before, after = (
         {what: round(analysis.cost.total(what, new)) for what in ("params", "macs")} for new in (None, sizes)
     )
-    path = analysis.model.path
+    path, seen = analysis.model.path, inspect(analysis)
     return {
         "input": None if path is None else str(path),
         "output": None,
@@ -66,6 +67,9 @@ def new_record(analysis: Analysis, plan: Plan, options: Options, data: Dataset) 
         "settings": settings(options, data),
         "plan": vars(plan) | {"version": 1, "groups": [vars(entry) for entry in plan.groups]},
         "skipped": data.skipped_count,
+        "left_alone": left_alone(seen.skipped),
+        "sites": [{"name": site["name"], "heads": site["heads"]} for site in seen.sites],
+        "inputs": seen.inputs,
         "target": _target(analysis, plan, options),
         "planned_for": None if analysis.cost.latency is None else analysis.cost.latency.machine,
     }

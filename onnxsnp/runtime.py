@@ -126,6 +126,7 @@ def open_session(
     arena: bool = True,
     external: Mapping[str, ort.OrtValue] | None = None,
     bounded: bool = False,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
 
@@ -139,6 +140,7 @@ def open_session(
             the model.
         external: values of initializers that a serialized model declares as external data.
         bounded: runs fail when they need more memory than `onnxsnp.limits.memory_limit`.
+        profile: how the file begins that the session's profiler writes (`end_profiling` returns its name).
 
     Raises:
         ModelError: the file is missing, is not valid ONNX, uses operators that cannot run, or the provider is not
@@ -157,6 +159,8 @@ def open_session(
     if bounded:
         bound_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if external:
         options.add_external_initializers(list(external), list(external.values()))
     try:

@@ -785,3 +785,75 @@ def test_ctrl_c_leaves_nothing(here: Path, seconds: float) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in err, err
     assert sorted(os.listdir()) == ["big.onnx", "net.onnx"]
+
+
+# Sweep
+
+
+def test_sweep_shows_a_table_and_writes_the_plan_that_meets_the_limit(here: Path) -> None:
+    asked = ("sweep", "net.onnx", "--ratios", "0.2:0.4:0.2", *PLAIN, *SHORT, "--no-latency", "-o", "out")
+    result = call(*asked, "--max-drop", "100")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^l2-none-40 +→\*? +", result.stdout, re.M) and "wrote out/net.pruned.onnx" in result.stdout
+    assert result.stderr.splitlines()[0].startswith("1/2 l2-none-20: ") and "left" in result.stderr
+    assert {"net.pruned.onnx", "net.pruned.json", "sweep.csv", "sweep.json"} <= set(os.listdir("out"))
+    summary = json.loads(good(*asked, "--max-drop", "100", "--json"))
+    assert summary["chosen"] == "l2-none-40" and all(row["reused"] for row in summary["rows"])
+
+
+def test_sweep_says_that_no_plan_meets_the_limit_and_fails(here: Path) -> None:
+    asked = ("sweep", "net.onnx", "--ratios", "0.3", *PLAIN, *SHORT, "-o", "out", "--target-latency", "0")
+    result = call(*asked)
+    assert result.exit_code == 1 and re.search(r"^l2-none-30 ", result.stdout, re.M)
+    last = result.stderr.splitlines()[-1]
+    assert "no plan meets --target-latency 0; the closest: l2-none-30" in last
+    assert not Path("out/net.pruned.onnx").exists()
+
+
+def test_sweep_refuses_ratios_that_cannot_be_read(here: Path) -> None:
+    assert "cannot read the ratios 'much'" in bad("sweep", "net.onnx", "--ratios", "much")
+
+
+# Evaluate with labels
+
+
+def test_evaluate_takes_a_label_map_and_tests_the_difference(here: Path, images: Path) -> None:
+    prune("-r", "0.5", "-o", "small.onnx")
+    Path("map.json").write_text('{"a": 4, "b": 1}')
+    asked = ("evaluate", "net.onnx", "small.onnx", "--data", images, "--labels", "map.json")
+    text = good(*asked)
+    assert re.search(r"^model +top-1 +95 % CI +top-5 +agreement", text, re.M)
+    assert re.search(r"^small\.onnx: [+-]\d\.\d\d points of top-1 \(95 % CI .* exact McNemar p = ", text, re.M)
+    result = json.loads(good(*asked, "--json"))["models"][1]
+    assert {one["label"]: one["name"] for one in result["classes"]} == {1: "b", 4: "a"}
+    assert sum(one["count"] for one in result["classes"]) == 20
+    assert result["paired"].keys() == {"lost", "gained", "difference", "difference_interval", "p"}
+    Path("map.json").write_text('{"a": 4}')
+    assert "no entry for image b/" in bad(*asked)
+
+
+def test_evaluate_takes_arrays_with_labels(here: Path) -> None:
+    np.savez("d.npz", image=np.random.default_rng(0).random((6, 3, 16, 16), np.float32), labels=np.arange(6) % 4)
+    result = json.loads(good("evaluate", "net.onnx", "--data", "d.npz", "--json"))["models"][0]
+    assert result["count"] == 6 and result["top1"] is not None
+
+
+# Bench in several settings
+
+
+def test_bench_says_what_the_cut_did_not_buy(here: Path) -> None:
+    prune("-r", "0.5", "-o", "small.onnx")
+    asked = ("bench", "net.onnx", "small.onnx", "--runs", "3", "--warmup", "1", "--threads", "1", "--batch", "1,2")
+    text = good(*asked, "--per-op", "--no-memory")
+    said = r"^small\.onnx \(batch [12], 1 thread, with onnxruntime's profiler on\): MACs -"
+    assert len(re.findall(said, text, re.M)) == 2
+    assert text.count("not bought") == 2 and "memory" not in text and re.search(r"^MatMul with weights ", text, re.M)
+    data = json.loads(good(*asked, "--per-op", "--json", "--no-memory"))
+    assert [one["batch"] for one in data["models"]] == [1, 1, 2, 2] and len(data["per_op"]) == 2
+    one = data["per_op"][1]["unbought"][0]
+    assert sum(part["excess_ms"] for part in one["parts"]) == pytest.approx(one["excess_ms"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--batch", "1,x"), ("--batch", "0"), ("--threads", "5000")])
+def test_bench_refuses_numbers_that_are_none(here: Path, option: str, value: str) -> None:
+    assert option in misused("bench", "net.onnx", option, value)

@@ -84,3 +84,28 @@ def test_a_ready_made_preprocess_is_taken_as_it_is(exports: Path) -> None:
     ready = verbs.resolve_preprocess("raw", {}, (16, 16))
     assert isinstance(ready, Preprocess)
     assert verbs.open_for([path], None, samples=4, preprocess=ready).samples == 4
+
+
+def test_bench_takes_lists_and_measures_memory(pair: list[Path]) -> None:
+    found = verbs.bench(pair, runs=2, warmup=0, batch=[1, 3, 1], threads=[1, 2])
+    pairs = [(threads, batch) for threads in (1, 2) for batch in (1, 3) for _ in pair]
+    assert [(one.threads, one.batch) for one in found] == pairs
+    assert all(one.memory is None for one in found)
+    (measured,) = verbs.bench(pair[:1], runs=1, warmup=0, threads=1, memory=True)
+    assert measured.memory is None or 0 < measured.memory < 100e6
+
+
+def test_the_breakdown_covers_every_setting(pair: list[Path]) -> None:
+    found = verbs.bench_per_op(pair, runs=3, warmup=1, batch=[1, 4], threads=1)
+    assert [one["batch"] for one in found] == [1, 4]
+    for one in found:
+        assert [profile["model"] for profile in one["profiles"]] == [str(path) for path in pair]
+        assert one["unbought"][0]["macs"] == 1.0
+
+
+def test_evaluate_names_the_classes_by_the_label_map(pair: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "map.txt").write_text("ant 0\nbee 3\n")
+    assert verbs.known_names(pair[0], {"ant": 0, "bee": 3}) == ["ant", "1", "2", "bee"]
+    assert verbs.known_names(pair[0], {"ant": 0, "a": 0}) is None
+    with pytest.raises(DataError, match="is for images"):
+        verbs.evaluate(pair, {"x": np.zeros((2, 8), np.float32)}, labels=tmp_path / "map.txt")

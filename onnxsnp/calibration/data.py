@@ -250,6 +250,7 @@ def open_dataset(
     classes: Sequence[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     token_bounds: Mapping[str, int] | None = None,
+    labels: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Open data for a model.
 
@@ -268,6 +269,7 @@ def open_dataset(
         classes: the model's class names in order (`parse_classes` of its metadata), for folders named after classes.
         sizes: dynamic sizes by symbol, or by `input:axis`.
         token_bounds: exclusive upper bound of generated ids, by input name; else that of the input (`InputSpec.below`).
+        labels: class numbers by file or folder name, for images (`onnxsnp.calibration.labels.read_label_map`).
 
     Raises:
         DataError: missing, empty, broken or ill-fitting data, or an impossible argument.
@@ -276,7 +278,9 @@ def open_dataset(
         if value is not None and value < 1:
             raise DataError(f"{name} must be 1 or more, got {value}")
     fixed = _fixed_batch(specs)
-    reader = _open_source(source, specs, samples, preprocess, seed, classes, sizes, token_bounds)
+    reader = _open_source(source, specs, samples, preprocess, seed, classes, sizes, token_bounds, labels)
+    if labels is not None and not isinstance(reader, ImageSource):
+        raise DataError("a label map is for images", hint="arrays carry their labels in an array called 'labels'")
     rng = np.random.default_rng(seed)
     order = spread(len(reader), samples, rng)
     if shuffle:
@@ -301,6 +305,7 @@ def _open_source(
     classes: Sequence[str] | None,
     sizes: Mapping[str, int] | None,
     token_bounds: Mapping[str, int] | None,
+    labels: Mapping[str, int] | None = None,
 ) -> Source:
     if source is None:
         return GeneratedSource(
@@ -327,7 +332,7 @@ def _open_source(
     extra = GeneratedSource(
         others, len(names), seed=seed, preprocess=preprocess, sizes=sizes, token_bounds=token_bounds
     )
-    return ImageSource(path, names, read, target, extra.load, classes)
+    return ImageSource(path, names, read, target, extra.load, classes, labels)
 
 
 def _target(

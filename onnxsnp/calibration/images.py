@@ -76,6 +76,7 @@ class ImageSource:
         target: what a picture becomes.
         extra: makes the other inputs of a model with more than one, from the sample's number.
         classes: the model's own class names, or None.
+        labels: class numbers by file or folder name (`onnxsnp.calibration.labels`), instead of what folders say.
     """
 
     parallel = True
@@ -89,11 +90,12 @@ class ImageSource:
         target: ImageTarget,
         extra: Callable[[int], dict[str, np.ndarray]],
         classes: Sequence[str] | None,
+        labels: Mapping[str, int] | None = None,
     ) -> None:
         if not names:
             raise DataError(f"no images in {origin}", hint=f"expected files like {', '.join(sorted(SUFFIXES))}")
         self._origin, self._names, self._read, self._target, self._extra = origin, names, read, target, extra
-        found = folder_labels(names, classes)
+        found = folder_labels(names, classes) if labels is None else mapped_labels(names, labels)
         self.labels = found.values
         self.description = f"images of {origin}, {found.note}"
 
@@ -225,6 +227,25 @@ def folder_labels(names: Sequence[str], classes: Sequence[str] | None = None) ->
         return Labels(None, "no labels (a single folder)")
     alphabetical = {folder: index for index, folder in enumerate(folders)}
     return Labels(_look_up(parents, alphabetical), f"labels: {len(folders)} folders in alphabetical order")
+
+
+def mapped_labels(names: Sequence[str], labels: Mapping[str, int]) -> Labels:
+    """Class numbers from a label map: by the path of a file, its name, its name without suffix, or its folder.
+
+    Raises:
+        DataError: an image is not in the map.
+    """
+    values = []
+    for name in names:
+        path = PurePosixPath(name)
+        found = [labels[key] for key in (name, path.name, path.stem, path.parent.name) if key in labels]
+        if not found:
+            raise DataError(
+                f"the label map has no entry for image {name}",
+                hint=f"give one for its folder '{path.parent.name}' or for '{path.name}'",
+            )
+        values.append(found[0])
+    return Labels(np.array(values, np.int64), "labels: by the label map")
 
 
 def _look_up(parents: Sequence[str], index: Mapping[str, int]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Accuracy on labelled data, and how closely models follow the first one on any data; one pass for all of them.
 
-Nothing is stored whole: every batch is reduced to counts and sums in float64 as soon as all models have seen it.
+Outputs are not stored: every batch is reduced to counts and sums in float64 as soon as all models have seen it, and of
+labelled samples to whether each was right.
 The *logits* are a model's first two-dimensional floating-point output.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from onnxsnp.calibration.data import Batch, Dataset
 from onnxsnp.errors import DataError, ModelError
+from onnxsnp.evaluation.paired import Paired, class_changes, compare_paired
 from onnxsnp.runtime import InputSpec, Model, Session, describe_model, input_specs, open_session, run_session
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -29,7 +31,9 @@ class Evaluation:
         model: path, or `the model in memory`.
         count: samples seen.
         top1, top5: accuracy in percent; labelled data only.
-        top1_interval: 95 % Wilson score interval of top1, percent.
+        top1_interval, top5_interval: 95 % Wilson score intervals of these, percent.
+        paired: this model against the first on the same samples (`onnxsnp.evaluation.paired`); None for the first.
+        classes: what each class gains or loses against the first, largest losses first (`class_changes`).
         agreement: samples with the same top-1 class as the first model, percent.
         cosine: mean cosine similarity to the first model over the vectors (last axis) of the logits, or over all
             floating-point outputs where there are no logits.
@@ -47,6 +51,9 @@ class Evaluation:
     top1: float | None = None
     top5: float | None = None
     top1_interval: tuple[float, float] | None = None
+    top5_interval: tuple[float, float] | None = None
+    paired: Paired | None = None
+    classes: list[dict[str, Any]] = field(default_factory=list)
     agreement: float | None = None
     cosine: float | None = None
     cosine_by_output: dict[str, float] = field(default_factory=dict)
@@ -66,6 +73,7 @@ def evaluate_models(
     threads: int | None = None,
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Evaluation]:
     """Run all models over the data once; the first is the reference that the others are compared with.
 
@@ -76,6 +84,7 @@ def evaluate_models(
         threads: per operator; None lets onnxruntime choose.
         provider: `cpu` or `cuda`.
         progress: called after each batch with (samples done, samples in all).
+        names: of the classes by number, where they are known.
 
     Raises:
         ModelError: a model cannot be opened or run, or differs from the first in inputs or outputs.
@@ -102,7 +111,7 @@ def evaluate_models(
         if progress is not None:
             progress(done, data.samples)
     return [
-        tally.result(describe_model(model), compared=number > 0)
+        tally.result(describe_model(model), tallies[0] if number else None, names)
         for number, (model, tally) in enumerate(zip(models, tallies, strict=True))
     ]
 
@@ -119,7 +128,7 @@ def agreement(original: Session, pruned: Session, batches: Sequence[Batch]) -> d
         unlabelled = Batch(batch.inputs, None, batch.count)
         first = _real_outputs(run_session(original, batch.inputs), unlabelled)
         tally.add(_real_outputs(run_session(pruned, batch.inputs), unlabelled), unlabelled, first)
-    result = tally.result("pruned", compared=True)
+    result = tally.result("pruned", tally)
     return {
         "samples": result.count,
         "top1": result.agreement,
@@ -173,7 +182,9 @@ class _Tally:
 
     def __init__(self, layout: _Layout) -> None:
         self._layout = layout
-        self.count = self.labelled = self.top1 = self.top5 = self.same = self.nonfinite = 0
+        self.count = self.top5 = self.same = self.nonfinite = 0
+        self.labels: list[np.ndarray] = []
+        self.right: list[np.ndarray] = []
         self.cosine = dict.fromkeys(layout.floats, 0.0)
         self.vectors = dict.fromkeys(layout.floats, 0)
         self.kl = self.max_difference = 0.0
@@ -187,8 +198,8 @@ class _Tally:
             logits = outputs[layout.logits].astype(np.float64)
             if batch.labels is not None:
                 ranks = label_ranks(logits, batch.labels[: batch.count])
-                self.labelled += batch.count
-                self.top1 += int((ranks < 1).sum())
+                self.labels.append(batch.labels[: batch.count])
+                self.right.append(ranks < 1)
                 self.top5 += int((ranks < 5).sum())
             if first is not None:
                 self._compare_logits(first[layout.logits].astype(np.float64), logits)
@@ -217,16 +228,22 @@ class _Tally:
             # np.fmax and max() would lose the NaN
             self.max_difference = float(np.maximum(self.max_difference, difference))
 
-    def result(self, model: str, *, compared: bool) -> Evaluation:
-        """Means and percentages of everything added."""
+    def result(self, model: str, first: _Tally | None, names: Sequence[str] | None = None) -> Evaluation:
+        """Means and percentages of everything added; `first` is the tally of the model it was compared with."""
         if not self.count:
             raise DataError("the data gave no samples")
         values: dict[str, Any] = {"nonfinite": self.nonfinite}
-        if self.labelled:
-            values["top1"] = 100 * self.top1 / self.labelled
-            values["top5"] = 100 * self.top5 / self.labelled
-            values["top1_interval"] = wilson_interval(self.top1, self.labelled)
-        if compared:
+        if self.right:
+            right, labels = np.concatenate(self.right), np.concatenate(self.labels)
+            count, hits = len(right), int(right.sum())
+            values["top1"], values["top5"] = 100 * hits / count, 100 * self.top5 / count
+            values["top1_interval"] = wilson_interval(hits, count)
+            values["top5_interval"] = wilson_interval(self.top5, count)
+            if first is not None:
+                before = np.concatenate(first.right)
+                values["paired"] = compare_paired(before, right)
+                values["classes"] = class_changes(labels, before, right, list(names) if names else None)
+        if first is not None:
             values |= self._comparison()
         return Evaluation(model, self.count, **values)
 

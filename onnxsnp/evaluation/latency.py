@@ -48,6 +48,7 @@ class Latency:
         speedup: median over the rounds of (time of the first model / time of this one); 1 for the first.
         speedup_interval: its quartiles (25 %, 75 %).
         bytes: size of the model file with its external data.
+        memory: peak memory that the model adds to a process, bytes; None if not measured (`onnxsnp.evaluation.memory`).
     """
 
     model: str
@@ -62,6 +63,7 @@ class Latency:
     speedup: float
     speedup_interval: tuple[float, float]
     bytes: int
+    memory: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -102,14 +104,8 @@ def bench_models(
         if value < least:
             raise ModelError(f"{name} must be {least} or more, got {value}")
     sessions = [open_session(model, threads=threads, provider=provider) for model in models]
-    feeds = [
-        bench_inputs(with_bounds(input_specs(session), model), batch, input_shapes, seed, partial(run_session, session))
-        for model, session in zip(models, sessions, strict=True)
-    ]
+    feeds = feeds_for(models, sessions, batch, input_shapes, seed)
     batches = [len(next(iter(feed.values()))) for feed in feeds]
-    if len(set(batches)) > 1:
-        listed = ", ".join(f"{describe_model(model)} {size}" for model, size in zip(models, batches, strict=True))
-        raise ModelError(f"the models run different batches: {listed}", hint="choose the batch that one of them fixes")
     times = measure_rounds([_runner(*pair) for pair in zip(sessions, feeds, strict=True)], runs, warmup, progress)
     return [
         replace(
@@ -122,6 +118,29 @@ def bench_models(
         )
         for number, model in enumerate(models)
     ]
+
+
+def feeds_for(
+    models: Sequence[Model],
+    sessions: Sequence[Session],
+    batch: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> list[dict[str, np.ndarray]]:
+    """Generated inputs of each model, of one batch size.
+
+    Raises:
+        ModelError: shapes do not fit, or the models fix different batches.
+    """
+    feeds = [
+        bench_inputs(with_bounds(input_specs(session), model), batch, shapes, seed, partial(run_session, session))
+        for model, session in zip(models, sessions, strict=True)
+    ]
+    batches = [len(next(iter(feed.values()))) for feed in feeds]
+    if len(set(batches)) > 1:
+        listed = ", ".join(f"{describe_model(model)} {size}" for model, size in zip(models, batches, strict=True))
+        raise ModelError(f"the models run different batches: {listed}", hint="choose the batch that one of them fixes")
+    return feeds
 
 
 def bench_inputs(

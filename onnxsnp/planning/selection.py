@@ -7,7 +7,7 @@ optimal brain surgeon. Everything else is ranked by the criterion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -84,6 +84,21 @@ def requirements(
     return Requirements(tuple(scored), tuple(rotated), tuple(gained), tuple(tensors), changed)
 
 
+def union(parts: Sequence[Requirements]) -> Requirements:
+    """What several methods need together."""
+
+    def groups(wanted: Iterable[Group]) -> tuple[Group, ...]:
+        return tuple({group.id: group for group in wanted}.values())
+
+    return Requirements(
+        scored=groups(group for part in parts for group in part.scored),
+        rotated=groups(group for part in parts for group in part.rotated),
+        gained=tuple({gain.group.id: gain for part in parts for gain in part.gained}.values()),
+        tensors=tuple(sorted({name for part in parts for name in part.tensors})),
+        changed={name: path for part in parts for name, path in part.changed.items()},
+    )
+
+
 def _paths(analysis: Analysis, groups: Sequence[Group]) -> dict[str, AttentionPath]:
     """By id, the way from score product to softmax of those groups where there is one."""
     sites = analysis.structure.sites
@@ -154,6 +169,10 @@ class Selector:
         elif self._by_head(group):
             errors = np.sum([head.errors for head in self.head_removals(group)], axis=0)
         return None if errors is None else np.concatenate([[np.nan], errors[::-1], [0.0]])  # at least one neuron stays
+
+    def scores(self, group: Group) -> np.ndarray | None:
+        """The criterion's scores, [heads, size], of a group that was ranked by them; None where it was not."""
+        return self._scores.get(group.id)
 
     def curve_of_survivors(self, group: Group, heads: Group, kept: int) -> np.ndarray | None:
         """`curve` of a query-key or value group when of the heads that its neurons belong to only the best stay.

@@ -35,7 +35,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
         table = new_table("attention site", "heads", "Q–K size", "V size", "can be cut")
         for site in data["sites"]:
             able = ", ".join(_KIND_NAMES[kind] for kind in ("qk", "v", "head") if site["prunable"][kind]) or "nothing"
-            table.add_row(_plain(site["name"]), str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
+            table.add_row(plain(site["name"]), str(site["heads"]), _size(site["qk_size"]), _size(site["v_size"]), able)
         console.print(table)
     else:
         console.print("no attention site found", style="yellow")
@@ -44,7 +44,7 @@ def inspection(console: Console, data: Mapping[str, Any]) -> None:
         table = new_table("group", "kind", "size", "MACs that scale with it", "can be cut")
         for group in others:
             table.add_row(
-                _plain(group["id"]),
+                plain(group["id"]),
                 _KIND_NAMES[group["kind"]],
                 str(group["size"]),
                 count(group["macs"]),
@@ -102,9 +102,9 @@ def recovery(console: Console, record: Mapping[str, Any]) -> None:
         mark = " (kept)" if point["step"] == found["best_step"] else ""
         table.add_row(
             f"{point['step']}{mark}",
-            _or_dash(point["training"], "{:.4g}"),
+            or_dash(point["training"], "{:.4g}"),
             f"{point['held']['loss']:.4g}",
-            _or_dash(point["held"]["agreement"], "{:.1f} %"),
+            or_dash(point["held"]["agreement"], "{:.1f} %"),
         )
     console.print(table)
     accuracy = record.get("accuracy")
@@ -199,7 +199,7 @@ def _widths(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
     if others:
         tables.append(new_table("group", "size"))
         for name, text in others:
-            tables[-1].add_row(_plain(name), text)
+            tables[-1].add_row(plain(name), text)
     return tables
 
 
@@ -245,68 +245,14 @@ def _before_after(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluations(console: Console, results: Sequence[Mapping[str, Any]], description: str) -> None:
-    """The result of `onnxsnp evaluate`."""
-    console.print(Text(description), highlight=False)
-    labelled = results[0]["top1"] is not None
-    columns = ["top-1", "95 % CI", "top-5"] if labelled else []
-    compared = ["agreement", "cosine", "KL"] if len(results) > 1 else []
-    table = new_table("model", *columns, *compared)
-    for result, name in zip(results, _names(results), strict=True):
-        row: list[str | Text] = [name]
-        if labelled:
-            low, high = result["top1_interval"]
-            row += [
-                f"{result['top1']:.2f} %",
-                f"{low:.1f}–{high:.1f}",
-                f"{result['top5']:.2f} %" if result["top5"] is not None else "–",
-            ]
-        if compared:
-            row += [
-                _or_dash(result["agreement"], "{:.2f} %"),
-                _or_dash(result["cosine"], "{:.4f}"),
-                _or_dash(result["kl"], "{:.4f}"),
-            ]
-        table.add_row(*row)
-    if labelled or compared:
-        console.print(table)
-    else:
-        console.print("nothing to compare: give a second model, or --data with images in class folders")
-    broken = [result for result in results if result["nonfinite"]]
-    for result in broken:
-        console.print(Text(f"{result['model']}: {result['nonfinite']} samples gave NaN or infinity"), style="red")
-
-
-def latencies(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
-    """The result of `onnxsnp bench`."""
-    table = new_table("model", "median", "p90", "min", "speed-up", "file")
-    for index, (result, name) in enumerate(zip(results, _names(results), strict=True)):
-        low, high = result["speedup_interval"]
-        ratio = "1" if index == 0 else f"{result['speedup']:.2f}× ({low:.2f}–{high:.2f})"
-        table.add_row(
-            name,
-            *(f"{result[key]:.2f} ms" for key in ("median", "p90", "min")),
-            ratio,
-            f"{result['bytes'] / 1e6:.2f} MB",
-        )
-    console.print(table)
-    first = results[0]
-    threads = {None: "all threads", 1: "1 thread"}.get(first["threads"], f"{first['threads']} threads")
-    console.print(
-        f"batch {first['batch']}, {first['runs']} interleaved rounds, {threads}, {first['provider']}; "
-        "speed-up is the median over rounds, quartiles in brackets",
-        highlight=False,
-    )
-
-
-def _names(results: Sequence[Mapping[str, Any]]) -> list[Text]:
+def model_names(results: Sequence[Mapping[str, Any]]) -> list[Text]:
     """File names without their folders where that tells the models apart."""
     full = [result["model"] for result in results]
     short = [Path(name).name for name in full]
-    return [_plain(name) for name in (short if len(set(short)) == len(set(full)) else full)]
+    return [plain(name) for name in (short if len(set(short)) == len(set(full)) else full)]
 
 
-def _plain(name: str) -> Text:
+def plain(name: str) -> Text:
     """Text from files, in which brackets and colons mean nothing."""
     return Text(name, overflow="fold")
 
@@ -327,5 +273,5 @@ def _percent(before: float, after: float) -> str:
     return f"{(after - before) / before:+.1%}" if before else "–"
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)

@@ -162,3 +162,22 @@ def test_progress_reaches_the_number_of_samples_and_results_are_plain_json() -> 
     )
     assert calls == [(2, 5), (4, 5), (5, 5)]
     assert json.loads(json.dumps(results[1].to_dict()))["top1"] == 100.0
+
+
+def test_a_second_model_is_compared_sample_by_sample() -> None:
+    values = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0, 1]]
+    swapped = np.eye(4)[[1, 0, 2, 3]]  # takes class 0 for 1 and the other way round
+    models = [linear(np.eye(4)), linear(swapped)]
+    labels = [0, 1, 2, 3, 1, 1]  # the first model is wrong on the fifth
+    first, second = evaluate_models(models, opened(models[0], values, labels, batch_size=4), names=["a", "b", "c", "d"])
+    assert first.paired is None and first.classes == []
+    assert second.paired is not None and (second.paired.lost, second.paired.gained) == (3, 1)
+    assert second.paired.difference == pytest.approx(100 * (3 - 5) / 6) and second.paired.p == pytest.approx(0.625)
+    assert [(one["name"], one["before"], one["after"]) for one in second.classes] == [
+        ("a", 1, 0),
+        ("b", 2, 1),
+        ("c", 1, 1),
+        ("d", 1, 1),
+    ]
+    assert second.top5_interval is not None and second.top5_interval[1] == 100
+    assert json.loads(json.dumps(second.to_dict()))["paired"]["lost"] == 3

@@ -44,17 +44,6 @@ def record(**changes: Any) -> dict[str, Any]:
     }
 
 
-def evaluation(model: str, **changes: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("top1", "top5", "top1_interval", "agreement", "cosine", "kl"))
-    return {"model": model, **empty, "nonfinite": 0, **changes}
-
-
-def latency(model: str, **changes: Any) -> dict[str, Any]:
-    times = {"median": 12.34, "p90": 13.0, "mean": 12.4, "min": 12.0}
-    rest = {"threads": 1, "batch": 1, "runs": 50, "provider": "cpu", "bytes": 4_884_240}
-    return {"model": model, **times, "speedup": 1.29, "speedup_interval": (1.19, 1.31), **rest, **changes}
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (999, "999"), (1000, "1.00 k"), (5_717_416, "5.72 M"), (1.25e9, "1.25 G"), (-2000, "-2.00 k")],
@@ -105,8 +94,8 @@ def test_before_and_after_with_the_change() -> None:
 
 def test_accuracy_takes_the_place_of_agreement() -> None:
     sides = {
-        "before": evaluation("a", top1=70.0, top5=95.0, count=64),
-        "after": evaluation("b", top1=68.75, top5=95.0, agreement=97.0, count=64),
+        "before": {"top1": 70.0, "top5": 95.0, "agreement": None, "count": 64},
+        "after": {"top1": 68.75, "top5": 95.0, "agreement": 97.0, "count": 64},
     }
     text = shown(terminal.pruning, record(accuracy=sides))
     assert "top-1 (64 samples)" in text and "-1.25" in text and "97.00 %" in text and "90.6 %" not in text
@@ -176,29 +165,3 @@ def test_inspection_lists_sites_groups_and_what_is_left_alone() -> None:
     assert row.split() == ["blocks.0[x].attn", "3", "8", "–", "Q–K,", "heads"]
     assert "ffn.0" in text and "qk.0" not in text and "/soft[max]: its scores are no product" in text
     assert "no attention site found" in shown(terminal.inspection, {**data, "sites": []})
-
-
-def test_models_side_by_side_fit_80_columns() -> None:
-    numbers = {"top1": 62.5, "top5": 100.0, "top1_interval": (38.6, 81.5), "agreement": 100.0, "cosine": 1.0, "kl": 0.0}
-    models = [evaluation(f"/some/long/folder/{name}", **numbers) for name in ("net.onnx", "vit_cifar10.pruned.onnx")]
-    text = shown(terminal.evaluations, models, "64 images of x.zip")
-    row = next(line for line in text.splitlines() if line.startswith("vit_cifar10.pruned.onnx "))
-    assert " ".join(row.split()) == "vit_cifar10.pruned.onnx 62.50 % 38.6–81.5 100.00 % 100.00 % 1.0000 0.0000"
-
-
-def test_equal_file_names_keep_their_folders() -> None:
-    text = shown(terminal.evaluations, [evaluation("a/m.onnx"), evaluation("b/m.onnx", cosine=0.5)], "8 images")
-    assert "a/m.onnx" in text and "b/m.onnx" in text and "top-1" not in text
-
-
-def test_one_model_without_labels_has_nothing_to_compare() -> None:
-    text = shown(terminal.evaluations, [evaluation("m.onnx", nonfinite=2)], "8 images")
-    assert "nothing to compare: give a second model" in text and "cosine" not in text
-    assert "m.onnx: 2 samples gave NaN or infinity" in text
-
-
-@pytest.mark.parametrize(("threads", "text"), [(None, "all threads"), (1, "1 thread,"), (2, "2 threads")])
-def test_latencies(threads: int | None, text: str) -> None:
-    both = [latency("x/net.onnx", threads=threads), latency("x/vit_cifar10.pruned.onnx", threads=threads)]
-    found = shown(terminal.latencies, both)
-    assert "1.29× (1.19–1.31)" in found and text in found and "4.88 MB" in found
