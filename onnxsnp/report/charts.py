@@ -55,7 +55,7 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-seri
 
 
 _PANEL = 2.6, 1.9  # inches: a plot of one group
-_NARROW, _WIDE = (0.52, 0.46, 0.1, 0.24), (0.78, 0.5, 0.15, 0.4)  # margins left, below, right and above, inches
+_NARROW, _WIDE = (0.66, 0.46, 0.1, 0.24), (0.78, 0.5, 0.15, 0.4)  # margins left, below, right and above, inches
 _LEAST = 1e-4  # errors below this share of the largest are drawn as this
 
 
@@ -153,7 +153,7 @@ class Plotter:
             axes.set_xlabel("block")
             axes.set_ylabel("loss when cut alone")
             axes.xaxis.set_major_locator(self._matplotlib.ticker.MaxNLocator(integer=True))
-            axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+            axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0)
 
         return self.plot(5.2, 3.0, draw)
 
