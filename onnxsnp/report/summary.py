@@ -22,6 +22,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"{less[0]:.1%} of the multiply–accumulates and {less[1]:.1%} of the parameters were removed, by making "
         f"{len(cut)} of {len(record['groups'])} groups of neurons narrower."
     ]
+    left = len(record.get("left_alone") or [])
+    if left:
+        found.append(f"{left} {'places were' if left > 1 else 'place was'} left alone; where and why is said below.")
     latency = record.get("latency")
     if latency:
         low, high = latency["speedup_interval"]
