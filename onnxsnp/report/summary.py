@@ -84,6 +84,10 @@ def _quality(record: Mapping[str, Any]) -> list[dict[str, Any]]:
                 low, high = interval(new[key], new["count"])
                 note = f"{new['count']} samples; after: 95 % interval {low:.1f}–{high:.1f} %"
                 change = f"{new[key] - old[key]:+.2f} points"
+                paired = new.get("paired") if key == "top1" else None
+                if paired:
+                    ends = "{:+.1f} to {:+.1f}".format(*paired["difference_interval"])
+                    note += f"; of the change: {ends} points"
                 found.append(_row(name, f"{old[key]:.2f} %", f"{new[key]:.2f} %", change, new[key] / 100, note))
     agreed = record.get("agreement")
     if agreed:
