@@ -51,9 +51,9 @@ def attention_maps(
         what: which row of the attention the maps show.
         sites: name, heads [original, pruned], kept (which of the original's heads the pruned ones are; None where that
             is not known), distance (total variation per kept head, mean over samples and queries, 0..1), before, after
-            (grey PNG, base64: one row per sample, one column per
-            head), grid [height, width] of one map.
-        rollout: before, after, distance, grid; None where tokens change on the way, or a site has no map.
+            (grey PNG, base64: one row per sample, one column per head), grid [height, width] of one map.
+        rollout: before, after, distance, grid; None where tokens change on the way, a sequence reads
+            another, or a site has no map.
         skipped: name and reason of sites without maps.
     """
     shape = _picture(analysis)
@@ -90,7 +90,7 @@ def attention_maps(
         if shape is not None
         else "from every token (rows) to every token (columns)",
         "sites": sites,
-        "rollout": _rolled([pair[1:] for pair in found], shape) if found and not skipped else None,
+        "rollout": _rolled([pair[1:] for pair in found], shape) if _one_sequence(analysis) and not skipped else None,
         "skipped": skipped,
     }
 
@@ -179,9 +179,20 @@ def drawn(before: np.ndarray, after: np.ndarray, shape: tuple[int, int] | None) 
 
 
 def _strip(maps: np.ndarray) -> np.ndarray:
-    """[samples, heads, h, w] in 0..1 → one grey picture, samples below each other and heads side by side."""
+    """[samples, heads, h, w] in 0..1 → one grey picture, samples below each other and heads side by side.
+
+    Brightness is the square root, since most heads look at a few places much more than at others.
+    """
     samples, heads, height, width = maps.shape
-    return (maps.transpose(0, 2, 1, 3).reshape(samples * height, heads * width) * 255).round().astype(np.uint8)
+    levels = np.sqrt(maps.transpose(0, 2, 1, 3).reshape(samples * height, heads * width))
+    return (levels * 255).round().astype(np.uint8)
+
+
+def _one_sequence(analysis: Analysis) -> bool:
+    """Whether the same tokens read each other at all sites: no windows, no second sequence that reads a first."""
+    sites = analysis.structure.sites
+    tokens = {analysis.dependencies.atoms(*axis) for site in sites for axis in (site.query_tokens, site.key_tokens)}
+    return len(tokens) == 1
 
 
 def _rolled(pairs: Sequence[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int] | None) -> dict[str, Any] | None:

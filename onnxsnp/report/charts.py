@@ -55,7 +55,8 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-seri
 
 
 _PANEL = 2.6, 1.9  # inches: a plot of one group
-_NARROW, _WIDE = (0.52, 0.46, 0.1, 0.24), (0.78, 0.5, 0.15, 0.4)  # margins left, below, right and above, inches
+_NARROW, _WIDE = (0.66, 0.46, 0.1, 0.24), (0.78, 0.5, 0.15, 0.4)  # margins left, below, right and above, inches
+_NAMED = 8  # of more runs only those on the front are named in a plot
 _LEAST = 1e-4  # errors below this share of the largest are drawn as this
 
 
@@ -153,7 +154,7 @@ class Plotter:
             axes.set_xlabel("block")
             axes.set_ylabel("loss when cut alone")
             axes.xaxis.set_major_locator(self._matplotlib.ticker.MaxNLocator(integer=True))
-            axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+            axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0)
 
         return self.plot(5.2, 3.0, draw)
 
@@ -192,6 +193,8 @@ class Plotter:
                     below, above = max(point["y"] - low, 0), max(high - point["y"], 0)
                     axes.errorbar(point["x"], point["y"], [[below], [above]], color=colour, linewidth=0.8, capsize=2)
                 axes.plot([point["x"]], [point["y"]], "o", color=colour, markersize=5)
+                if index not in best and len(points) > _NAMED:
+                    continue
                 axes.annotate(point["name"], (point["x"], point["y"]), (5, 4), textcoords="offset points", fontsize=9)
             axes.set_xlabel(across)
             axes.set_ylabel(up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnxsnp.report.charts import Plotter
+from onnxsnp.report.charts import Plotter, front
 from onnxsnp.report.summary import interval, share
 
 
@@ -24,9 +24,10 @@ def compared(runs: Sequence[Mapping[str, Any]], names: Sequence[str], plotter: P
         if len(mine) > 1:
             title = f"{up.partition(',')[0]} against {'latency' if key == 'latency' else 'MACs'}"
             plots.append({"title": title, "svg": safe(plotter.tradeoff(mine, across, up))})
+    best = front([(one["macs"], one[which][0] if one[which] else 0.0) for one in points])
     sources = {str(run.get("input")) for run in runs}
     note = f"These runs are of {len(sources)} different models." if len(sources) > 1 else ""
-    return {"points": points, "plots": plots, "note": note, "measured": measured}
+    return {"points": points, "plots": plots, "front": sorted(best), "note": note, "measured": measured}
 
 
 def _point(run: Mapping[str, Any], name: str) -> dict[str, Any]:

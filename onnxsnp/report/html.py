@@ -22,30 +22,46 @@ from onnxsnp.report.summary import rows, sentences
 from onnxsnp.report.terminal import count
 from onnxsnp.writing import write_record
 
+_WHOLE = 6  # runs that are shown whole; of more, those on the Pareto front
 _PANELS = 36  # of one kind of plot; deeper networks show an even selection
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
 
 
 def read_records(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Run records (`*.pruned.json`) and engine records (`*.engine.json`) from files.
+    """Run records (`*.pruned.json`) and engine records (`*.engine.json`) from files; those of a sweep by `sweep.json`.
 
     Raises:
         ReportError: a file cannot be read, or is neither.
     """
-    found = []
-    for path in map(Path, paths):
+    found: dict[Path, dict[str, Any]] = {}
+    waiting, sweeps = [Path(path) for path in paths], set[Path]()
+    while waiting:
+        path = waiting.pop(0)
         try:
             data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         except (OSError, ValueError, RecursionError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not JSON"
             raise ReportError(f"cannot read {path}: {why}", hint="give the .json that prune wrote") from error
+        if isinstance(data, dict) and is_sweep(data):
+            if path.resolve() not in sweeps:
+                names = [Path(str(row["name"])).name for row in data["rows"] if not row["error"]]
+                waiting[:0] = [path.with_name(f"{name}.json") for name in names]
+            sweeps.add(path.resolve())
+            continue
         if not isinstance(data, dict) or not (is_run(data) or is_engine(data)):
             raise ReportError(
                 f"{path} is no run record of onnxsnp prune, and no engine record",
                 hint="give the .json that prune wrote",
             )
-        found.append({**data, "_file": str(path)})
-    return found
+        found[path.resolve()] = {**data, "_file": str(path)}
+    return list(found.values())
+
+
+def is_sweep(data: Mapping[str, Any]) -> bool:
+    """Whether this is the `sweep.json` of a sweep, whose runs lie beside it."""
+    rows = data.get("rows")
+    named = isinstance(rows, list) and all(isinstance(row, dict) and {"name", "error"} <= row.keys() for row in rows)
+    return named and "verdict" in data
 
 
 def is_run(data: Mapping[str, Any]) -> bool:
@@ -75,7 +91,12 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         raise ReportError("no run record was given", hint="give the .json that onnxsnp prune wrote")
     names = _names(runs)
     shown = []
-    for record, name in zip(runs, names, strict=True):
+    try:
+        beside = compared(runs, names, plotter, markup.Markup) if len(runs) > 1 else None
+    except _UNREADABLE as error:
+        raise ReportError(f"the runs cannot be compared: {type(error).__name__} {error}") from error
+    whole = set(range(len(runs))) if beside is None or len(runs) <= _WHOLE else set(beside["front"][:_WHOLE])
+    for record, name in [pair for index, pair in enumerate(zip(runs, names, strict=True)) if index in whole]:
         try:
             shown.append(_run(record, name, plotter, markup.Markup))
         except _UNREADABLE as error:
@@ -84,10 +105,6 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{where} holds something that no run record does: {type(error).__name__} {error}",
                 hint="prune again with this version",
             ) from error
-    try:
-        beside = compared(runs, names, plotter, markup.Markup) if len(runs) > 1 else None
-    except _UNREADABLE as error:
-        raise ReportError(f"the runs cannot be compared: {type(error).__name__} {error}") from error
     try:
         engines = [_engine(record) for record in records if is_engine(record)]
         text = template("report.html.j2").render(runs=shown, engines=engines, compared=beside, version=__version__)

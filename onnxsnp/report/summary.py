@@ -22,6 +22,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"{less[0]:.1%} of the multiply–accumulates and {less[1]:.1%} of the parameters were removed, by making "
         f"{len(cut)} of {len(record['groups'])} groups of neurons narrower."
     ]
+    left = len(record.get("left_alone") or [])
+    if left:
+        found.append(f"{left} {'places were' if left > 1 else 'place was'} left alone; where and why is said below.")
     latency = record.get("latency")
     if latency:
         low, high = latency["speedup_interval"]
@@ -81,6 +84,10 @@ def _quality(record: Mapping[str, Any]) -> list[dict[str, Any]]:
                 low, high = interval(new[key], new["count"])
                 note = f"{new['count']} samples; after: 95 % interval {low:.1f}–{high:.1f} %"
                 change = f"{new[key] - old[key]:+.2f} points"
+                paired = new.get("paired") if key == "top1" else None
+                if paired:
+                    ends = "{:+.1f} to {:+.1f}".format(*paired["difference_interval"])
+                    note += f"; of the change: {ends} points"
                 found.append(_row(name, f"{old[key]:.2f} %", f"{new[key]:.2f} %", change, new[key] / 100, note))
     agreed = record.get("agreement")
     if agreed:

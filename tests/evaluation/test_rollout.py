@@ -13,6 +13,7 @@ from onnxsnp.analysis import analyse_model
 from onnxsnp.calibration.data import Batch
 from onnxsnp.evaluation.rollout import attention_maps, by_head, drawn, from_png, grid_of, rollout
 from onnxsnp.planning.plan import Plan
+from onnxsnp.pruning import prune
 from onnxsnp.surgery.apply import apply
 
 MODEL = Path(__file__).parents[2] / "models" / "deit_cifar10.onnx"
@@ -74,9 +75,9 @@ def test_maps_are_the_class_token_s_row_on_one_scale() -> None:
     top = np.maximum(before[:, :, 0, 1:].max(axis=(1, 2)), after[:, :, 0, 1:].max(axis=(1, 2)))
     picture = from_png(shown["after"])
     assert picture.shape == (6, 3)
-    np.testing.assert_allclose(picture[3:] / 255, after[1, 0, 0, 1:].reshape(3, 3) / top[1], atol=1 / 255)
+    np.testing.assert_allclose((picture[3:] / 255) ** 2, after[1, 0, 0, 1:].reshape(3, 3) / top[1], atol=1 / 255)
     third = before[0, 2, 0, 1:].reshape(3, 3) / top[0]
-    np.testing.assert_allclose(from_png(shown["before"])[:3, 6:] / 255, third, atol=1 / 255)
+    np.testing.assert_allclose((from_png(shown["before"])[:3, 6:] / 255) ** 2, third, atol=1 / 255)
 
 
 def test_the_heads_that_are_left_are_compared_with_themselves() -> None:
@@ -103,6 +104,16 @@ def test_tokens_without_a_picture_are_shown_as_whole_maps() -> None:
     found = attention_maps(analysis, apply(analysis, plan).graph, batch, plan, threads=1)
     assert found["images"] == [] and all(site["grid"] == [5, 5] for site in found["sites"])
     assert found["sites"] and all(max(site["distance"]) == 0 for site in found["sites"])
+
+
+@pytest.mark.parametrize(
+    ("name", "rolled"), [("text_bert_ts17_dyn", True), ("text_bart_ts17_dyn", False), ("levit_timm_ts17_dyn", False)]
+)
+def test_only_one_sequence_that_reads_itself_is_rolled_out(name: str, rolled: bool) -> None:
+    model = Path(__file__).parents[1] / "exports" / "families" / f"{name}.onnx"
+    options = {"samples": 4, "compensation": "none", "allocation": "uniform", "latency": False, "threads": 1}
+    found = prune(model, 0.3, attention_maps=1, **options).record["attention"]
+    assert (found["rollout"] is not None) == rolled and len(found["sites"]) > 1 and not found["skipped"]
 
 
 @pytest.mark.parametrize("text", ["", "AAAA", "no base64!", None, 3])

@@ -72,6 +72,24 @@ def test_several_runs_are_compared(run: dict[str, Any], tmp_path: Path, open_pag
     assert opened.count("article") == 2 and "worse" in opened.page.inner_text("table >> nth=0")
 
 
+def test_the_runs_of_a_sweep_are_compared_and_the_best_shown_whole(
+    run: dict[str, Any], written: Callable[..., Path]
+) -> None:
+    run |= {"details": {}, "attention": None}
+    for index in range(9):  # each costs less and is as good or worse; those after the sixth are beaten
+        macs, top1 = (100 - 10 * index, 90 - index) if index < 6 else (95, 10)
+        changed = {"before": run["before"] | {"macs": 100}, "after": run["after"] | {"macs": macs}}
+        changed |= {"output": f"p{index}.onnx", "agreement": run["agreement"] | {"top1": top1}}
+        written(run | changed, f"p{index}.json")
+    names = [*(f"p{index}" for index in range(9)), "sweep"]  # a sweep that names itself is not read twice
+    rows = [*({"name": name, "error": None} for name in names), {"name": "absent", "error": "too much"}]
+    sweep = written({"rows": rows, "verdict": ""}, "sweep.json")
+    records = read_records([sweep, sweep.with_name("p3.json")])
+    assert len(records) == 9
+    text = page(records)
+    assert "9 pruned models" in text and text.count("<article") == 6 and "<h1>p7</h1>" not in text
+
+
 def test_names_from_a_file_are_text(run: dict[str, Any], tmp_path: Path, open_page: Any) -> None:
     first = next(group for group in run["groups"] if group["kind"] == "ffn")
     run["details"] = {HOSTILE: run["details"][first["id"]]}
