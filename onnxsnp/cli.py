@@ -549,7 +549,8 @@ def sweep(
 
         if eval_data is not None and not eval_data.exists():
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
-        with progress_bar(keep=False) as progress:
+        bar = progress_bar(keep=False)
+        with bar as progress:
             result = sweep_model(
                 model,
                 ratios,
@@ -559,7 +560,7 @@ def sweep(
                 max_drop=max_drop,
                 target_latency=target_latency,
                 progress=progress,
-                say=lambda line: print(line, file=sys.stderr),
+                say=bar.say,
                 calibration=calibration,
                 samples=samples,
                 preprocess=preprocess,

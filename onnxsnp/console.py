@@ -136,6 +136,8 @@ class progress_bar:
                 self._bar.stop_task(task.id)
                 if not self._keep:
                     self._bar.remove_task(task.id)
+            if not self._keep:
+                self._tasks.clear()
             self._tasks[stage] = self._bar.add_task(stage, total=total or None)
         self._bar.update(self._tasks[stage], completed=done, total=total or None)
 
