@@ -532,6 +532,12 @@ def sweep(
         str | None,
         typer.Option(metavar="NAME|FILE.toml", help="Where the model will run.", rich_help_panel=_METHOD),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", help="Also write a page about all plans.", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
     threads: Threads = None,
     provider: Provider = "cpu",
     no_latency: Annotated[
@@ -549,6 +555,8 @@ def sweep(
 
         if eval_data is not None and not eval_data.exists():
             raise DataError(f"data {eval_data} does not exist", hint="give --eval-data a folder or zip of images")
+        if page is not None:
+            page_path(page, [model, Path(preprocess or ""), Path(target or "")])
         bar = progress_bar(keep=False)
         with bar as progress:
             result = sweep_model(
@@ -576,6 +584,10 @@ def sweep(
                 latency=not no_latency,
                 seed=seed,
             )
+        if page is not None:
+            from onnxsnp.report.html import write_page
+
+            write_page(list(result.records.values()), page)
         print_json(result.summary) if as_json else report.sweep(stdout(), result.summary)
         if result.chosen is None and result.verdict:
             raise PlanError(result.verdict, hint="allow more, or sweep over other ratios; no model was chosen")

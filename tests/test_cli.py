@@ -857,3 +857,11 @@ def test_bench_says_what_the_cut_did_not_buy(here: Path) -> None:
 @pytest.mark.parametrize(("option", "value"), [("--batch", "1,x"), ("--batch", "0"), ("--threads", "5000")])
 def test_bench_refuses_numbers_that_are_none(here: Path, option: str, value: str) -> None:
     assert option in misused("bench", "net.onnx", option, value)
+
+
+def test_sweep_writes_a_page_of_all_plans(here: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    good("sweep", "net.onnx", "--ratios", "0.2,0.4", *PLAIN, *SHORT, "--no-latency", "-o", "out", "--report", "p.html")
+    text = Path("p.html").read_text()
+    assert "l2-none-20" in text and "l2-none-40" in text
