@@ -180,6 +180,7 @@ class Plotter:
             points: name, x, y, and interval [low, high] of y or None; the original is not marked otherwise.
         """
         best = front([(point["x"], point["y"]) for point in points])
+        middle = (min(point["x"] for point in points) + max(point["x"] for point in points)) / 2
 
         def draw(axes: Axes) -> None:
             ordered = sorted((points[index]["x"], points[index]["y"]) for index in best)
@@ -195,7 +196,15 @@ class Plotter:
                 axes.plot([point["x"]], [point["y"]], "o", color=colour, markersize=5)
                 if index not in best and len(points) > _NAMED:
                     continue
-                axes.annotate(point["name"], (point["x"], point["y"]), (5, 4), textcoords="offset points", fontsize=9)
+                right = point["x"] > middle  # there a name goes to the left, so that it stays on the plot
+                axes.annotate(
+                    point["name"],
+                    (point["x"], point["y"]),
+                    (-6 if right else 6, 4),
+                    textcoords="offset points",
+                    ha="right" if right else "left",
+                    fontsize=9,
+                )
             axes.set_xlabel(across)
             axes.set_ylabel(up)
             axes.margins(0.18, 0.12)
