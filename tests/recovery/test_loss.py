@@ -6,13 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
+from graphs import transformer
 
 from onnxsnp.model import load
 from onnxsnp.recovery.gradients.backward import backward_graph
 from onnxsnp.recovery.gradients.static import static_graph
 from onnxsnp.recovery.loss import Term, add_loss, spreads
 from onnxsnp.recovery.optimise import Adam
-from tests.graphs import transformer
 
 
 def test_a_step_of_adam_on_the_gradients_lowers_the_loss():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from graphs import transformer
 
 from onnxsnp.analysis import analyse_model
 from onnxsnp.recovery.matching import Pair, block_outputs, kind_of_output, match
-from tests.graphs import transformer
 
 
 def test_the_last_sum_of_each_block_is_its_output():
