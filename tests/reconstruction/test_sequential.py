@@ -22,6 +22,7 @@ from onnxsnp.graph.ir import Graph
 from onnxsnp.graph.normalize import as_graph
 from onnxsnp.planning.plan import Plan, as_cuts
 from onnxsnp.planning.selection import requirements
+from onnxsnp.reconstruction import sequential
 from onnxsnp.reconstruction.full import Reconstruction
 from onnxsnp.reconstruction.sequential import STRENGTH, Joint, refit_in_order
 from onnxsnp.surgery.apply import apply
@@ -421,3 +422,21 @@ def test_biases_that_are_one_tensor_do_not_keep_projections_from_their_refit() -
     projections = {one.weight for one in analysis.linears.values() if one.bias in analysis.graph.origin}
     found = refit(analysis, half(analysis), {}, feeds)
     assert projections & found.keys()
+
+
+@pytest.mark.parametrize("name", ["separate", "biases and Gemm"])
+def test_inputs_kept_in_half_precision_change_little_and_only_in_its_range(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis, feeds = case(name)
+    plan = half(analysis)
+    want = refit(analysis, plan, {}, feeds)
+    monkeypatch.setattr(sequential, "_ROOM", 1)
+    monkeypatch.setattr(sequential, "_LEAST", 0.0)
+    found = refit(analysis, plan, {}, feeds)
+    assert any(not np.array_equal(found[key], array) for key, array in want.items())
+    for key, array in want.items():
+        assert np.linalg.norm(found[key] - array) <= 3e-3 * np.linalg.norm(array) + 1e-6, key
+    monkeypatch.setattr(sequential, "_MOST", 0.0)
+    outside = refit(analysis, plan, {}, feeds)
+    assert all(np.array_equal(outside[key], array) for key, array in want.items())
